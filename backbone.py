@@ -1,0 +1,183 @@
+"""The vision foundation model M: EVA-ViT-G and -E (paper Table 2), or any timm ViT by name.
+
+    f = backbone(images)          # f.cls (B, D), f.grid (B, D, H, W), f.valid: after the final norm
+
+The network itself is timm's (`timm.models.eva.Eva`, `VisionTransformer`); this file adds what ViSFT needs around it: any
+input size, the patch-token map beside [CLS], padding that no valid token ever sees, frozen weights in a storage type of
+their own, and recomputation of the blocks in the backward pass. It knows nothing of LoRA.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from timm.models import generate_default_cfgs, register_model
+from timm.models.eva import _cfg, _create_eva
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+TIMM_NAMES = {  # ours -> timm's
+    "eva_g": "eva_giant_patch14_clip_224.laion400m",  # Table 2, EVA-ViT-G: EVA01-CLIP-g, 1.0 B
+    "eva_e": "eva02_enormous_patch14_clip_224.laion2b_plus",  # Table 2, EVA-ViT-E: EVA02-CLIP-E-plus, 4.4 B
+}
+
+default_cfgs = generate_default_cfgs({"eva_mini": _cfg(num_classes=0)})
+
+
+@register_model
+def eva_mini(pretrained: bool = False, **kwargs):
+    """EVA-ViT-G's architecture at 2.8 M parameters: for the demo, the tests, and a laptop."""
+    size = dict(patch_size=14, embed_dim=192, depth=6, num_heads=3, mlp_ratio=4, global_pool="token")
+    return _create_eva("eva_mini", pretrained=pretrained, **{**size, **kwargs})
+
+
+class Features(NamedTuple):
+    """What every head receives, float32.
+
+    cls: (B, D) the [CLS] token, or None when the backbone runs without it
+    grid: (B, D, H, W) the patch tokens, H = h / patch
+    valid: (B, H, W) bool, False where a patch is padding only; None when there is no padding
+    """
+
+    cls: Tensor | None
+    grid: Tensor
+    valid: Tensor | None
+
+
+class Backbone(nn.Module):
+    """A frozen ViT at any input size.
+
+    name: eva_g, eva_e, eva_mini, or the name of any timm ViT
+    use_cls: False drops [CLS] and its kin from the sequence, as the authors' release does in training
+    pretrained: timm downloads the weights
+    Raises ValueError for a name that timm does not have or a model that is not a plain ViT.
+    """
+
+    def __init__(self, name: str, use_cls: bool = True, pretrained: bool = False):
+        super().__init__()
+        timm_name = TIMM_NAMES.get(name, name)
+        if not timm.is_model(timm_name):
+            raise ValueError(f"--model {name}: neither {', '.join(TIMM_NAMES)}, eva_mini nor a model that timm has")
+        self.name, self.use_cls, self.recompute = name, use_cls, False
+        options = dict(pretrained=pretrained, num_classes=0, global_pool="", dynamic_img_size=True)
+        try:
+            self.vit = timm.create_model(timm_name, **options)
+        except (TypeError, RuntimeError) as error:  # not a ViT: other options; no weights to download
+            raise ValueError(f"--model {name}: timm cannot build it as a plain ViT: {error}") from error
+        needed = ("patch_embed", "pos_embed", "cls_token", "blocks", "norm", "norm_pre", "num_prefix_tokens")
+        missing = [attribute for attribute in needed if not hasattr(self.vit, attribute)]
+        if missing or getattr(self.vit, "rope_mixed", False):
+            raise ValueError(f"--model {name}: not a plain ViT (lacks {', '.join(missing) or 'one RoPE for all blocks'})")
+        self.dim: int = self.vit.embed_dim
+        self.patch: int = self.vit.patch_embed.patch_size[0]
+        self.mean, self.std = self.vit.pretrained_cfg["mean"], self.vit.pretrained_cfg["std"]
+        self.requires_grad_(False).eval()
+
+    def forward(self, images: Tensor, valid: Tensor | None = None) -> Features:
+        """Patch tokens and [CLS] after the final norm.
+
+        images: (B, 3, h, w) normalized floats, h and w multiples of the patch size
+        valid: (B, h, w) bool, True on image, False on the padding to its right and below; None: no padding
+        """
+        x, rope, (H, W) = self._embed(images)  # (B, N, D), N = prefix + H * W
+        mask = None
+        if valid is not None:  # padding is never a key, so an image's features do not depend on its batch
+            valid = valid[:, :: self.patch, :: self.patch]  # (B, H, W): a patch counts if any pixel of it does
+            mask = F.pad(valid.flatten(1), (x.shape[1] - H * W, 0), value=True)[:, None, None]  # (B, 1, 1, N)
+        where = {"attn_mask": mask} if rope is None else {"attn_mask": mask, "rope": rope}
+        for block in self.vit.blocks:
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, **where)
+            else:
+                x = block(x, **where)
+        x = self.vit.norm(x).float()
+        grid = x[:, -H * W :].transpose(1, 2).unflatten(2, (H, W))  # (B, D, H, W)
+        return Features(x[:, 0] if self.has_cls else None, grid, valid)
+
+    @property
+    def has_cls(self) -> bool:
+        return self.use_cls and self.vit.cls_token is not None
+
+    def _embed(self, images: Tensor) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
+        """Patch, class and position embeddings; the last resized by plain bicubic interpolation (EVA, LAVIS)."""
+        vit = self.vit
+        if images.shape[2] % self.patch or images.shape[3] % self.patch:
+            raise ValueError(f"images of {tuple(images.shape[2:])}: both sides must be multiples of {self.patch}")
+        x = vit.patch_embed(images)  # (B, H, W, D)
+        B, H, W, _ = x.shape
+        x = x.flatten(1, 2)  # (B, H * W, D)
+        prefix = [token.expand(B, -1, -1) for token in (vit.cls_token, vit.reg_token) if token is not None]
+        if vit.pos_embed is None:
+            x = torch.cat([*prefix, x], 1)
+        elif vit.no_embed_class:
+            x = torch.cat([*prefix, x + self._positions(H, W)], 1)
+        else:
+            x = torch.cat([*prefix, x], 1) + self._positions(H, W)
+        if not self.use_cls:
+            x = x[:, vit.num_prefix_tokens :]
+        rope = getattr(vit, "rope", None)
+        if rope is not None:
+            rope = rope.get_embed(shape=(H, W))
+        return vit.norm_pre(x), rope, (H, W)
+
+    def _positions(self, H: int, W: int) -> Tensor:
+        """(1, prefix + H * W, D). timm's own resize smooths (antialias), which is 5-8% off what EVA was trained with."""
+        pos, (H0, W0) = self.vit.pos_embed, self.vit.patch_embed.grid_size
+        if (H, W) == (H0, W0):
+            return pos
+        prefix, grid = pos[:, : -H0 * W0], pos[:, -H0 * W0 :]
+        grid = grid.transpose(1, 2).unflatten(2, (H0, W0)).float()  # (1, D, H0, W0)
+        grid = F.interpolate(grid, (H, W), mode="bicubic", align_corners=False)
+        return torch.cat([prefix, grid.flatten(2).transpose(1, 2).to(pos.dtype)], 1)
+
+
+def load(name: str, weights: str, dtype: torch.dtype = torch.float32, device="cpu", seed: int = 0, use_cls=True):
+    """A frozen Backbone with its weights.
+
+    weights: a file (.safetensors, .pt, .pth, .bin; timm's names), `pretrained` (timm downloads), or `random` (from `seed`)
+    dtype: how the frozen weights are stored
+    Raises FileNotFoundError, or ValueError naming the weights that are missing, unexpected or of another shape.
+    """
+    if weights in ("random", "pretrained"):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            backbone = Backbone(name, use_cls, pretrained=weights == "pretrained")
+        return backbone.to(device=device, dtype=dtype)
+
+    state = _read(Path(weights))
+    with torch.device("meta"):
+        backbone = Backbone(name, use_cls)
+    vit = backbone.vit
+    expected = vit.state_dict()
+    state = {k: v for k, v in state.items() if not k.startswith("head.")}  # the CLIP projection is not M
+    problems = {
+        "missing": [k for k in expected if k not in state],
+        "unexpected": [k for k in state if k not in expected],
+        "of another shape": [
+            f"{k} {tuple(v.shape)} for {tuple(expected[k].shape)}"
+            for k, v in state.items()
+            if k in expected and v.shape != expected[k].shape
+        ],
+    }
+    if any(problems.values()):
+        told = "; ".join(f"{len(v)} {what}: {', '.join(v[:3])}" for what, v in problems.items() if v)
+        raise ValueError(f"{weights} does not fit --model {name}: {told}")
+    vit.load_state_dict({k: v.to(device=device, dtype=dtype) for k, v in state.items()}, assign=True)
+    for module in vit.modules():  # EVA's zero key bias, RoPE tables: not in the file, so still on meta
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            for key, buffer in module.named_buffers(recurse=False):
+                setattr(module, key, torch.empty_like(buffer, device=device))
+            module.init_non_persistent_buffers()
+    return backbone.to(device=device, dtype=dtype).requires_grad_(False)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no backbone weights at {path}")
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return state.get("model", state.get("state_dict", state))

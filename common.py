@@ -1,0 +1,319 @@
+"""What both stages need and neither is about: options, ranks, the sharded optimizer, checkpoints, the log.
+
+Everything that knows about processes is here. `python script.py` runs the same code as a group of one.
+Gradients are averaged by torch's DDP and the optimizer state is sharded by fairscale's OSS (ZeRO, paper Sec. 4.2).
+"""
+
+import argparse
+import gc
+import json
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+import fairscale
+import timm
+import torch
+import torch.distributed as dist
+import torchvision
+from fairscale.optim.oss import OSS
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+CLIP_GRAD = 0.1  # L2 norm over all trained parameters; not in the paper; the authors' release
+WEIGHT_DECAY = 1e-4  # the authors' release
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MAY_CHANGE = {"out", "resume", "coco", "workers", "log_every", "save_every", "exclude_images"}  # between run and resume
+
+
+# --- options
+
+
+def add_training_options(p: argparse.ArgumentParser) -> None:
+    """The options that both stages share."""
+    p.add_argument("--model", default="eva_g", help="eva_g, eva_e (Table 2), eva_mini, or the name of any timm ViT")
+    p.add_argument("--weights", help="backbone weights: a file, `pretrained` (timm downloads), or `random` "
+                   "(default: weights/MODEL.safetensors)")  # fmt: skip
+    p.add_argument("--coco", default="coco", help="folder with annotations/ and train2017/ (default: coco)")
+    p.add_argument("--split", default="train2017", help="which images and annotations of it (default: train2017)")
+    p.add_argument("--warmup", type=int, default=2000, help="steps of linear warm-up (Sec. 4.2: 2000; 0 = off)")
+    p.add_argument("--seed", type=int, default=0, help="of the initialization, the data order and the augmentation")
+    p.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    p.add_argument("--log-every", type=int, default=50, help="steps between lines of log.jsonl")
+    p.add_argument("--workers", type=int, default=4, help="loader processes for each rank and task (0 = none)")
+    p.add_argument("--backbone-dtype", choices=["auto", *DTYPES], default="auto", help="how the frozen ViT is stored and "
+                   "run (auto: bf16 on GPUs that have it, fp16 on older ones, fp32 on CPU); what trains is fp32")  # fmt: skip
+    p.add_argument("--no-cls", action="store_true", help="leave [CLS] out of the sequence, as the authors' release does")
+    p.add_argument("--imagenet-norm", action="store_true", help="ImageNet's mean and std, as the authors' release, "
+                   "instead of the backbone's own")  # fmt: skip
+    p.add_argument("--exclude-images", help="keep these COCO images out of training: a file of ids, or a Karpathy "
+                   "dataset_coco.json (its test and val images)")  # fmt: skip
+    p.add_argument("--image-scale", type=float, default=1.0, help="training image sizes relative to the release's (1 = long "
+                   "side 672 for detection; 0.3 to try it on a laptop)")  # fmt: skip
+    p.add_argument("--data-fraction", type=float, default=1.0, help="train on this part of the images (Table 10)")
+    p.add_argument("--skip-bad-images", action="store_true", help="count undecodable images and take the next one")
+
+
+def check_training_options(args: argparse.Namespace) -> None:
+    """Refuse impossible values and missing files before anything is loaded; fill in the default weights."""
+    for name, least in dict(iters=1, warmup=0, seed=0, save_every=1, log_every=1, workers=0).items():
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
+    if not (args.lr > 0 and math.isfinite(args.lr)):
+        raise ValueError(f"--lr must be positive, got {args.lr}")
+    if not 0 < args.data_fraction <= 1:
+        raise ValueError(f"--data-fraction must be in (0, 1], got {args.data_fraction}")
+    if not 0 < args.image_scale <= 2:
+        raise ValueError(f"--image-scale must be in (0, 2], got {args.image_scale}")
+    args.weights = args.weights or f"weights/{args.model}.safetensors"
+    if args.weights not in ("random", "pretrained") and not Path(args.weights).is_file():
+        raise FileNotFoundError(
+            f"no backbone weights at {args.weights}: pass --weights FILE, or --weights pretrained to let timm download them"
+        )
+    if args.exclude_images and not Path(args.exclude_images).is_file():
+        raise FileNotFoundError(f"--exclude-images {args.exclude_images}: no such file")
+    if not args.resume and (Path(args.out) / "last.pt").exists():
+        raise ValueError(f"--out {args.out} holds a run: pass --resume to go on with it, or another --out")
+
+
+def features_of(args: argparse.Namespace) -> dict:
+    """The options that decide which features a head or LoRA sees; kept in their files."""
+    return {"backbone": args.model, "no_cls": args.no_cls, "imagenet_norm": args.imagenet_norm}
+
+
+# --- ranks
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process: its number, how many there are, its device, and the type the frozen ViT computes in."""
+
+    rank: int
+    world: int
+    device: torch.device
+    dtype: torch.dtype
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+
+def start(args: argparse.Namespace) -> Ranks:
+    """Join the process group that torchrun describes, or make one of one; seed; say what runs."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # the heads' fp32 matrix products may use TF32
+    backend = "nccl" if cuda else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    dtype = args.backbone_dtype
+    if dtype == "auto":
+        dtype = "fp32" if not cuda else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    torch.manual_seed(args.seed)
+    ranks = Ranks(dist.get_rank(), dist.get_world_size(), device, DTYPES[dtype])
+    if ranks.rank == 0:
+        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+        print(shlex.join(sys.argv), f"| commit {git.stdout.strip() or 'unknown'}")
+        print(f"python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}, "
+              f"timm {timm.__version__}, fairscale {fairscale.__version__}")  # fmt: skip
+        print(f"{ranks.world} x {torch.cuda.get_device_name(device) if cuda else 'cpu'}, backbone in {dtype}")
+        print(" ".join(f"{k}={v}" for k, v in vars(args).items()), flush=True)
+    return ranks
+
+
+def launch(main) -> None:
+    """Run a script's main. The user's errors are one line and exit code 2, ours a traceback; the group is left cleanly."""
+    code = 1
+    try:
+        main()  # its wrappers and optimizer are gone when it returns; gloo aborts at exit if they outlive the group
+        if dist.is_initialized():
+            dist.barrier()
+        code = 0
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        where = traceback.extract_tb(error.__traceback__)[-1].filename
+        if not Path(where).is_relative_to(Path(__file__).parent) or ".venv" in where:
+            raise
+        code = 2
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        code = 130
+        print("interrupted: the same command with --resume goes on from the last checkpoint", file=sys.stderr, flush=True)
+    finally:
+        gc.collect()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    sys.exit(code)
+
+
+def to_device(item, device: torch.device):
+    """Every tensor in nested lists, tuples and dicts, without waiting for the copy."""
+    if isinstance(item, Tensor):
+        return item.to(device, non_blocking=True)
+    if isinstance(item, dict):
+        return {k: to_device(v, device) for k, v in item.items()}
+    return type(item)(to_device(v, device) for v in item) if isinstance(item, list | tuple) else item
+
+
+def parallel(module: nn.Module, device: torch.device) -> DistributedDataParallel:
+    """Average what `module` trains over the ranks. Its frozen weights, equal everywhere by construction, are not sent."""
+    fixed = [name for name, p in module.named_parameters() if not p.requires_grad]
+    fixed += [name for name, _ in module.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, fixed)
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
+
+
+# --- optimizer
+
+
+def learning_rate(step: int, peak: float, warmup: int, iters: int) -> float:
+    """Linear warm-up, then half a cosine down to 0 (Sec. 4.2)."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, iters - warmup)))
+
+
+def sharded_adamw(groups: list[dict]) -> OSS:
+    """AdamW, its state spread over the ranks (ZeRO). Not broadcast_fp16: it would round the weights at every step."""
+    return OSS(groups, torch.optim.AdamW, lr=0.0, weight_decay=WEIGHT_DECAY, broadcast_fp16=False)
+
+
+def minimize(loss: Tensor, optimizer: OSS, scaler: torch.amp.GradScaler) -> Tensor:
+    """One step: backward, clip, update. Returns the gradient's norm before clipping, still on the device."""
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    # Not OSS.clip_grad_norm: under DDP every rank holds every gradient, and OSS's goes wrong when a head sits out a step
+    norm = nn.utils.clip_grad_norm_(trained, CLIP_GRAD)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return norm.nan_to_num(posinf=0) if scaler.is_enabled() else norm  # fp16: the scaler skipped an overflow, no harm done
+
+
+# --- checkpoint
+
+
+def save(out: Path, step: int, args, trained: dict[str, Tensor], optimizer: OSS, scaler, **more) -> None:
+    """OUT/last.pt, whole or not at all; the one before stays as OUT/previous.pt. All ranks must call it."""
+    optimizer.consolidate_state_dict(recipient_rank=0)
+    if dist.get_rank() == 0:
+        state = {
+            "step": step,
+            "options": run_options(args),
+            "trained": {name: p.detach().cpu() for name, p in trained.items()},
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+            **more,
+        }
+        part, last, previous = (out / name for name in ("last.pt.tmp", "last.pt", "previous.pt"))
+        with open(part, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if last.exists():
+            last.replace(previous)
+        part.replace(last)
+    dist.barrier()
+
+
+def resume(out: Path, args, trained: dict[str, Tensor], optimizer: OSS, scaler, **more) -> int:
+    """Put back what save() kept and return the step to go on with; 0 if there is no checkpoint yet.
+
+    Raises ValueError listing the options (or `more` values) that differ from the run's.
+    """
+    state = None
+    for path in (out / "last.pt", out / "previous.pt"):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            break
+        except FileNotFoundError:
+            continue
+        except Exception as error:  # whatever a half-written file makes torch.load raise
+            print(f"{path} cannot be read ({type(error).__name__}); trying the one before it")
+    if state is None:
+        print(f"nothing to resume in {out}: starting at step 0")
+        return 0
+    now, then = {**run_options(args), **more}, {**state["options"], **{k: state[k] for k in more}}
+    changed = [f"{k} was {then.get(k)}, is {now.get(k)}" for k in {**then, **now} if then.get(k) != now.get(k)]
+    if changed:
+        raise ValueError(f"--resume {path}: these options changed: {'; '.join(changed)}; put them back, or use a new --out")
+    for name, p in trained.items():
+        p.data.copy_(state["trained"][name])
+    optimizer.load_state_dict(state["optimizer"])
+    for moments in optimizer.optim.state.values():
+        moments["step"] = moments["step"].cpu()  # OSS moves it to the GPU, where AdamW would wait for it at every step
+    scaler.load_state_dict(state["scaler"])
+    return state["step"]
+
+
+def run_options(args: argparse.Namespace) -> dict:
+    """What must not change between a run and its resumption. More ranks with smaller batches are the same run."""
+    options = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE}
+    batch = options["batch"]
+    world = dist.get_world_size()
+    options["batch"] = {k: v * world for k, v in batch.items()} if isinstance(batch, dict) else batch * world
+    return options
+
+
+# --- log
+
+
+class Log:
+    """OUT/log.jsonl and the progress bar. Losses stay on the device until a line is due, so no step waits for one."""
+
+    def __init__(self, out: Path, first: int, iters: int, every: int):
+        self.every, self.pending, self.skipped = every, [], 0
+        self.path = out / "log.jsonl" if dist.get_rank() == 0 else None
+        if self.path and self.path.exists():  # lines after the checkpoint will be written again
+            lines = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= first]
+            self.path.write_text("".join(f"{line}\n" for line in lines))
+        self.bar = tqdm(total=iters, initial=first, disable=self.path is None, dynamic_ncols=True)
+
+    def add(self, step: int, task: str, y: list[dict], loss: Tensor, parts: dict[str, Tensor], lr: float, save: bool) -> None:
+        """Note a finished step (counted from 1); write a line when one is due, or `save` is about to happen.
+
+        Raises FloatingPointError on every rank, naming step, task and images, if a loss or gradient was not finite.
+        """
+        values = {"loss": loss.detach(), **parts}
+        self.pending.append((step, task, [t["image_id"] for t in y], list(values), torch.stack(list(values.values()))))
+        self.skipped += sum(len(t.get("skipped", ())) for t in y)
+        self.bar.update()
+        if not (save or step % self.every == 0):
+            return
+        flat = torch.cat([values for *_, values in self.pending])
+        broken = torch.stack([~values.isfinite().all() for *_, values in self.pending]).to(flat.dtype)
+        skipped = torch.tensor([self.skipped], device=flat.device, dtype=flat.dtype)
+        reduced = torch.cat([flat, broken, skipped])
+        dist.all_reduce(reduced)  # sums over the ranks, of which every one has run the same tasks
+        *sums, skipped = reduced.tolist()
+        broken_anywhere, broken_here = sums[len(flat) :], broken.tolist()
+        for (at, task_at, images, *_), anywhere, here in zip(self.pending, broken_anywhere, broken_here, strict=True):
+            if anywhere:
+                where = f"images {images}" if here else "on another rank"
+                raise FloatingPointError(
+                    f"loss or gradient not finite at step {at}, task {task_at}, {where}; the last checkpoint is intact: "
+                    "lower --lr, or leave those images out with --exclude-images"
+                )
+        means, remaining = {}, iter(sums)
+        for _, task_at, _, names, _ in self.pending:
+            for name in names:
+                means.setdefault(f"{task_at}/{name}", []).append(next(remaining) / dist.get_world_size())
+        line = {"step": step, "lr": lr} | {name: sum(v) / len(v) for name, v in means.items()}
+        if skipped:
+            line["skipped_images"] = int(skipped)
+        if self.path:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+            self.bar.set_postfix({k.split("/")[0]: f"{v:.3f}" for k, v in line.items() if k.endswith("/loss")})
+        self.pending.clear()

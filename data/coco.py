@@ -1,0 +1,307 @@
+"""COCO 2017 as training streams: `for images, valid, y in batches(dataset, ...)`.
+
+    coco/annotations/instances_train2017.json
+    coco/train2017/000000000009.jpg
+
+The sample at position p of a task's stream, augmentation included, depends on (seed, task, p) alone: not on workers, ranks,
+batches or restarts. So a resumed run continues by its position, and two processes read what one would have read.
+"""
+
+import hashlib
+import json
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import tv_tensors
+from torchvision.ops import box_convert
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as TF
+
+ANNOTATIONS = {"detection": "instances"}  # task -> which of COCO's annotation files
+IMAGENET_NORM = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # what the authors' release normalizes with
+
+
+class BadImage(ValueError):
+    """A file that is not the picture its annotations describe."""
+
+
+@dataclass
+class Instances:
+    """An instances_*.json as arrays: cheap to share with the workers.
+
+    ids (n,), names n file names, sizes (n, 2) as h, w; boxes_xyxy (N, 4) in pixels and labels (N,) in 0..C-1 of all images,
+    those of image i at first[i]:first[i + 1]; notes: what was left out and why, for the user
+    """
+
+    ids: np.ndarray
+    names: list[str]
+    sizes: np.ndarray
+    boxes_xyxy: np.ndarray
+    labels: np.ndarray
+    first: np.ndarray
+    categories: list[dict]
+    notes: list[str] = field(default_factory=list)
+
+
+def annotation_file(coco: str | Path, task: str, split: str) -> Path:
+    """Where COCO's layout has the annotations of a task. Raises FileNotFoundError, saying where to get them."""
+    path = Path(coco) / "annotations" / f"{ANNOTATIONS[task]}_{split}.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"--coco {coco}: no {path}; unpack {split}.zip and annotations_trainval2017.zip "
+            "of https://cocodataset.org/#download there"
+        )
+    return path
+
+
+def read_json(path: Path, needed: tuple[str, ...]) -> dict:
+    """A COCO file's top level. Raises ValueError if it is not JSON or lacks one of the needed lists."""
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}; download it again") from error
+    lacks = [k for k in needed if not (isinstance(content, dict) and isinstance(content.get(k), list))]
+    if lacks:
+        raise ValueError(f"{path} is not a COCO annotation file: no list called {', '.join(lacks)}")
+    return content
+
+
+def read_instances(coco: str | Path, split: str) -> Instances:
+    """Boxes and classes for training: crowds left out, unusable boxes left out with a count.
+
+    Raises ValueError for an annotation with an unknown image or category, or an image that is not on disk.
+    """
+    path = annotation_file(coco, "detection", split)
+    content = read_json(path, ("images", "annotations", "categories"))
+    try:
+        categories = [{"id": c["id"], "name": c["name"]} for c in sorted(content["categories"], key=lambda c: c["id"])]
+        label_of = {c["id"]: label for label, c in enumerate(categories)}  # COCO's 1..90 with gaps -> 0..79
+        images = sorted(content["images"], key=lambda image: image["id"])
+        row_of = {image["id"]: row for row, image in enumerate(images)}
+        kept = [a for a in content["annotations"] if not a.get("iscrowd", 0)]
+        for a in kept:
+            if a["category_id"] not in label_of:
+                raise ValueError(f"{path}: annotation {a['id']}: category {a['category_id']} is not in its categories")
+            if a["image_id"] not in row_of:
+                raise ValueError(f"{path}: annotation {a['id']}: image {a['image_id']} is not in its images")
+        sizes = np.array([(image["height"], image["width"]) for image in images], np.int32).reshape(-1, 2)
+        row = np.array([row_of[a["image_id"]] for a in kept], np.int64)
+        xywh = np.array([a["bbox"] for a in kept], np.float64).reshape(-1, 4)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a COCO instances file: {type(error).__name__}: {error}") from error
+    on_disk = set(os.listdir(Path(coco) / split)) if (Path(coco) / split).is_dir() else set()
+    absent = [image["file_name"] for image in images if image["file_name"] not in on_disk]
+    if absent:
+        raise FileNotFoundError(f"{path}: {len(absent)} of {len(images)} images are not in {Path(coco) / split}: {absent[0]}")
+
+    boxes = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], 1)
+    limit = sizes[row][:, [1, 0, 1, 0]] if len(row) else boxes
+    usable = np.isfinite(xywh).all(1) & (xywh[:, 2:] > 0).all(1)
+    boxes = np.clip(np.nan_to_num(boxes), 0, limit)
+    usable &= (boxes[:, 2:] > boxes[:, :2]).all(1)  # a box beside its image has no area in it
+    order = np.argsort(row[usable], kind="stable")
+    labels = np.array([label_of[a["category_id"]] for a in kept], np.int64)
+    data = Instances(
+        ids=np.array([image["id"] for image in images], np.int64),
+        names=[image["file_name"] for image in images],
+        sizes=sizes,
+        boxes_xyxy=boxes[usable][order].astype(np.float32),
+        labels=labels[usable][order],
+        first=np.searchsorted(row[usable][order], np.arange(len(images) + 1)),
+        categories=categories,
+    )
+    crowds = len(content["annotations"]) - len(kept)
+    data.notes.append(f"{path}: {len(images)} images, {usable.sum()} boxes, {crowds} crowd annotations left out")
+    if not usable.all():
+        first = kept[int(np.argmin(usable))]
+        data.notes.append(f"{path}: {(~usable).sum()} boxes dropped (NaN or no area), the first of annotation {first['id']}")
+    return data
+
+
+def read_ids(path: str | Path) -> set[int]:
+    """COCO image ids to keep out of training: a JSON list or lines of ids, or a Karpathy dataset_coco.json's test and val."""
+    text = Path(path).read_text()
+    try:
+        if Path(path).suffix != ".json":
+            return {int(line) for line in text.split()}
+        content = json.loads(text)
+        if isinstance(content, dict):
+            return {int(image["cocoid"]) for image in content["images"] if image["split"] in ("test", "val")}
+        return {int(i) for i in content}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: neither a list of image ids nor a Karpathy dataset_coco.json ({error})") from error
+
+
+def decode(path: Path, size: tuple[int, int]) -> Tensor:
+    """(3, h, w) uint8 RGB. Raises BadImage for a file that is truncated, unreadable or not of the annotated size."""
+    try:
+        with Image.open(path) as image:
+            pixels = TF.pil_to_tensor(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise BadImage(f"{path} cannot be decoded ({error}): restore it, or pass --skip-bad-images") from error
+    if tuple(pixels.shape[1:]) != size:
+        found, annotated = (f"{w} x {h}" for h, w in (pixels.shape[1:], size))
+        raise BadImage(f"{path} is {found} pixels, its annotations say {annotated}")
+    return pixels
+
+
+class DetectionAugmentation:
+    """The release's, which is DETR's with the long side at most 672 px: flip half of the images; crop half of them, each
+    side 384..600 px where the image has as much; resize the short side to 480..672. `scale` multiplies all the sizes."""
+
+    def __init__(self, scale: float = 1.0):
+        def px(*sizes: int) -> list[int]:
+            return [max(1, round(scale * size)) for size in sizes]
+
+        self.flip = v2.RandomHorizontalFlip(0.5)
+        self.resize_before_crop = v2.RandomShortestSize(px(400, 500, 600))
+        self.crop_least, self.crop_most = px(384, 600)
+        self.resize = v2.RandomShortestSize(px(480, 512, 544, 576, 608, 640, 672), max_size=px(672)[0])
+
+    def __call__(self, image: tv_tensors.Image, boxes: tv_tensors.BoundingBoxes):
+        image, boxes = self.flip(image, boxes)
+        if torch.rand(()) < 0.5:
+            image, boxes = self.resize_before_crop(image, boxes)
+            sides = image.shape[1:]
+            h, w = (_randint(min(self.crop_least, side), min(self.crop_most, side)) for side in sides)
+            top, left = _randint(0, sides[0] - h), _randint(0, sides[1] - w)
+            image, boxes = (TF.crop(x, top, left, h, w) for x in (image, boxes))
+        return self.resize(image, boxes)
+
+
+def _randint(least: int, most: int) -> int:
+    return int(torch.randint(least, most + 1, ()))
+
+
+class Detection(Dataset):
+    """dataset[p] -> image (3, h, w) normalized, target: the sample at position p of an endless stream.
+
+    target: image_id, size (h, w), orig_size, labels (n,) in 0..C-1, boxes_cxcywh (n, 4) in [0, 1] of size,
+    skipped: names of bad images passed over on the way (with skip_bad; else a bad image is returned as the error)
+    """
+
+    task = "detection"
+
+    def __init__(
+        self, coco, norm, split="train2017", seed=0, scale=1.0, fraction=1.0, exclude=frozenset(), skip_bad=False
+    ):
+        self.data = read_instances(coco, split)
+        self.augment = DetectionAugmentation(scale)
+        self.folder, self.norm, self.seed, self.skip_bad = Path(coco) / split, norm, seed, skip_bad
+        rows = np.flatnonzero(~np.isin(self.data.ids, list(exclude)))
+        if len(rows) < len(self.data.ids):
+            self.data.notes.append(f"{len(self.data.ids) - len(rows)} images excluded")
+        chosen = np.random.default_rng(seed).permutation(len(rows))[: round(fraction * len(rows))]  # Table 10
+        self.rows = rows[np.sort(chosen)]
+        if not len(self.rows):
+            raise ValueError(f"{self.folder}: no images left to train on (fraction {fraction}, {len(exclude)} excluded)")
+        self.epoch, self.order = -1, None
+
+    @property
+    def categories(self) -> list[dict]:
+        return self.data.categories
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the images and the annotations, wherever they lie."""
+        data = (self.data.ids[self.rows], self.data.boxes_xyxy, self.data.labels)
+        return hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in data)).hexdigest()[:16]
+
+    def row(self, position: int) -> int:
+        """Every epoch is a permutation of its own."""
+        epoch, i = divmod(position, len(self.rows))
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.rows)
+        return int(self.order[i])
+
+    def __getitem__(self, position: int):
+        skipped = []
+        while True:
+            row = self.row(position + len(skipped))
+            try:
+                pixels = decode(self.folder / self.data.names[row], tuple(self.data.sizes[row].tolist()))
+                break
+            except BadImage as error:
+                skipped.append(self.data.names[row])
+                if not self.skip_bad or len(skipped) == len(self.rows):
+                    return error
+        key = hashlib.sha256(f"{self.seed} {self.task} {position}".encode()).digest()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int.from_bytes(key[:7], "little"))
+            return self.sample(pixels, row, skipped)
+
+    def sample(self, pixels: Tensor, row: int, skipped: list[str]) -> tuple[Tensor, dict]:
+        mine = slice(self.data.first[row], self.data.first[row + 1])
+        orig_size = tuple(pixels.shape[1:])
+        boxes = tv_tensors.BoundingBoxes(self.data.boxes_xyxy[mine], format="XYXY", canvas_size=orig_size)
+        image, boxes = self.augment(tv_tensors.Image(pixels), boxes)
+        h, w = image.shape[1:]
+        inside = (boxes[:, 2:] > boxes[:, :2]).all(1)  # the crop may have left some objects out
+        boxes_cxcywh = box_convert(boxes.as_subclass(Tensor)[inside], "xyxy", "cxcywh") / torch.tensor([w, h, w, h])
+        target = {
+            "image_id": int(self.data.ids[row]),
+            "size": (h, w),
+            "orig_size": orig_size,
+            "labels": torch.from_numpy(self.data.labels[mine])[inside],
+            "boxes_cxcywh": boxes_cxcywh,
+            "skipped": skipped,
+        }
+        return TF.normalize(TF.to_dtype(image.as_subclass(Tensor), scale=True), *self.norm), target
+
+
+DATASETS = {"detection": Detection}
+
+
+def collate(samples: list, patch: int):
+    """Samples of any size -> images (B, 3, h, w) padded right and below to multiples of the patch, valid, y.
+
+    valid: (B, h, w) bool, True on image; None when all images have one size, so that only part of a patch is padding
+    The first bad image, if any, is handed on as the error it is.
+    """
+    for sample in samples:
+        if isinstance(sample, Exception):
+            return sample
+    sizes = [target["size"] for _, target in samples]
+    h, w = (-(-max(side) // patch) * patch for side in zip(*sizes, strict=True))
+    images = torch.zeros(len(samples), 3, h, w)  # zero is the mean colour
+    valid = torch.zeros(len(samples), h, w, dtype=torch.bool)
+    for i, (image, _) in enumerate(samples):
+        images[i, :, : image.shape[1], : image.shape[2]] = image
+        valid[i, : image.shape[1], : image.shape[2]] = True
+    return images, None if len(set(sizes)) == 1 else valid, [target for _, target in samples]
+
+
+def batches(dataset: Dataset, batch: int, patch: int, rank=0, world=1, start=0, workers=0, pin=False) -> Iterator:
+    """The endless stream in batches, for this rank, from the start-th batch on; raises BadImage where one turns up."""
+
+    def positions():
+        first = (start * world + rank) * batch
+        while True:
+            yield list(range(first, first + batch))
+            first += world * batch
+
+    loader = DataLoader(
+        dataset,
+        batch_sampler=positions(),
+        collate_fn=partial(collate, patch=patch),
+        num_workers=workers,
+        pin_memory=pin,
+        worker_init_fn=_ignore_interrupt,
+    )
+    for item in loader:
+        if isinstance(item, Exception):
+            raise item
+        yield item
+
+
+def _ignore_interrupt(_) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle

@@ -1,0 +1,83 @@
+"""The in-domain task heads T_n by task name, and their files: safetensors with a JSON header that rebuilds the head.
+
+Every head is built as Head(dim, ...) with its arguments kept in `config`, and answers
+    loss, parts = head.loss(f, y)     # scalar; detached scalars for the log
+    head.predict(f, y)                # a list of B dicts
+"""
+
+import json
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from heads.detr import Detr
+
+HEADS = {"detection": Detr}  # Table 1
+
+
+def save(head: nn.Module, path: str | Path, task: str, /, **header) -> None:
+    """Write the weights and what is needed to rebuild the head without its data set: task, sizes, categories."""
+    header = {"task": task, "config": head.config, **header}
+    part = Path(f"{path}.tmp")
+    save_file({k: v.contiguous() for k, v in head.state_dict().items()}, part, metadata={"head": json.dumps(header)})
+    part.replace(path)
+
+
+def read_header(path: str | Path) -> dict:
+    """The JSON header alone. Raises FileNotFoundError, or ValueError if the file is not one of ours."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no head file at {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads((file.metadata() or {})["head"])
+    except Exception as error:
+        raise ValueError(f"{path} is not a head file of this project ({type(error).__name__}: {error})") from error
+
+
+def load(path: str | Path, dim: int) -> nn.Module:
+    """A head in eval mode. Raises ValueError if it was made for features of another width than `dim`."""
+    header = read_header(path)
+    if header["config"]["dim"] != dim:
+        raise ValueError(f"{path} was made for a backbone of width {header['config']['dim']}, this one has {dim}")
+    head = HEADS[header["task"]](**header["config"])
+    with safe_open(path, "pt") as file:
+        head.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
+    return head.eval()
+
+
+def find(places: list[str], task: str) -> Path:
+    """The file of a task's head among files and folders. Raises FileNotFoundError saying where it was looked for."""
+    looked = []
+    for place in map(Path, places):
+        if place.is_file():
+            if read_header(place)["task"] == task:
+                return place
+            looked.append(place)
+            continue
+        looked += [place / f"{task}.safetensors", place / task / f"{task}.safetensors"]
+        for path in looked[-2:]:
+            if path.is_file():
+                return path
+    raise FileNotFoundError(
+        f"no {task} head at {' or '.join(map(str, looked))}: train it with stage1_heads.py --task {task}, or name it in --heads"
+    )
+
+
+def check_made_with(path: Path, features: dict) -> None:
+    """Raises ValueError if the head was trained on other features than these: backbone, no_cls, imagenet_norm."""
+    header = read_header(path)
+    wrong = [f"{k} {header[k]}, now {now}" for k, now in features.items() if header.get(k, now) != now]
+    if wrong:
+        raise ValueError(f"{path} was trained with {'; '.join(wrong)}: use the same options in both stages")
+
+
+def check_categories(head: nn.Module, categories: list[dict], path: Path) -> None:
+    """Raises ValueError if the head's classes are not those of the data, in the same order."""
+    if head.config["categories"] != categories:
+        had = head.config["categories"]
+        raise ValueError(
+            f"{path} knows {len(had)} categories ({had[0]['name']}, ...), the data has {len(categories)} "
+            f"({categories[0]['name']}, ...): they must be the same, in the same order"
+        )

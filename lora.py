@@ -1,0 +1,197 @@
+"""LoRA on the query and value projections of any ViT (paper Eq. 1): h = W x + (alpha / rank) B A x.
+
+    lora.attach(vit, rank=64)      # in place: every attention layer, identity until B is trained
+    lora.save(vit, "lora.safetensors", step=5000)
+    lora.load(vit, "lora.safetensors")   # attaches if need be
+    lora.merge(vit); lora.unmerge(vit)   # W <- W + (alpha / rank) B A, and back, bit for bit
+
+It works from outside, on timm's EVA and plain ViTs, open_clip's towers and transformers' BLIP-2 vision model: wherever
+attention has one fused `qkv` Linear, or separate `q_proj` and `v_proj`. Names, row order (q, then v) and shapes are those
+of the authors' released files. train() and eval() change nothing here: merging is a call.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+
+class LoRALinear(nn.Linear):
+    """A frozen Linear, its own weight and bias kept by identity, plus low-rank updates of some of its row blocks.
+
+    linear: the layer to take over, D_in -> D_out in `blocks` equal row blocks (3 for a fused qkv, 1 for q or v alone)
+    updated: which blocks get an update, e.g. (0, 2) for q and v
+    lora_A: (n r, D_in), lora_B: (n D_out / blocks, r), n = len(updated); float32 whatever the weight is stored in
+    """
+
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float, blocks: int, updated: tuple[int, ...]):
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.rank, self.alpha, self.blocks, self.updated = rank, alpha, blocks, updated
+        n, rows = len(updated), linear.out_features // blocks
+        new = dict(device=linear.weight.device, dtype=torch.float32)
+        self.lora_A = nn.Parameter(torch.empty(n * rank, linear.in_features, **new))
+        self.lora_B = nn.Parameter(torch.zeros(n * rows, rank, **new))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # U(-1 / sqrt(D), 1 / sqrt(D)), as LoRA's authors
+        self.kept: Tensor | None = None  # the weight before merge()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.linear(x, self.weight, self.bias)  # (..., D_out)
+        if self.kept is not None:
+            return h
+        a = F.linear(x, self.lora_A.to(x.dtype)) * (self.alpha / self.rank)  # (..., n r)
+        B = self.lora_B.to(x.dtype).chunk(len(self.updated))
+        updates = [F.linear(u, b) for u, b in zip(a.split(self.rank, -1), B, strict=True)]  # n of (..., rows)
+        if self.blocks == 1:
+            return h + updates[0]
+        block = dict(zip(self.updated, updates, strict=True))
+        zeros = torch.zeros_like(updates[0])
+        return h + torch.cat([block.get(i, zeros) for i in range(self.blocks)], -1)
+
+    def delta(self) -> Tensor:
+        """The update as a dense (D_out, D_in) float32 matrix."""
+        delta = self.weight.new_zeros(self.weight.shape, dtype=torch.float32)
+        blocks = delta.chunk(self.blocks)
+        for i, a, b in zip(self.updated, self.lora_A.split(self.rank), self.lora_B.chunk(len(self.updated)), strict=True):
+            blocks[i].copy_(b @ a * (self.alpha / self.rank))
+        return delta
+
+
+def layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """The attached layers by name, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What stage 2 trains: every lora_A and lora_B by name, in the model's order."""
+    return {f"{name}.{part}": getattr(layer, part) for name, layer in layers(model).items() for part in ("lora_A", "lora_B")}
+
+
+def attach(model: nn.Module, rank: int = 64, alpha: float = 1.0) -> nn.Module:
+    """Put A and B beside the q and v projections of every attention layer, in place; the output does not change yet.
+
+    alpha: the update is scaled by alpha / rank; 1 is what the authors' released weights need, `rank` is Eq. 1 as printed
+    Raises ValueError if the model has no such attention layer, has LoRA already, or does not use what was attached.
+    """
+    if layers(model):
+        raise ValueError("LoRA is attached already")
+    if rank < 1:
+        raise ValueError(f"the LoRA rank must be at least 1, got {rank}")
+    attentions = []
+    for attention in list(model.modules()):
+        qkv = getattr(attention, "qkv", None)
+        if isinstance(qkv, nn.Linear) and qkv.out_features == 3 * qkv.in_features:
+            attention.qkv = LoRALinear(qkv, rank, alpha, blocks=3, updated=(0, 2))
+            if hasattr(attention, "qkv_bias_separate"):
+                attention.qkv_bias_separate = True  # else timm's EvaAttention reads qkv.weight and never calls qkv
+            attentions.append(attention)
+        elif all(isinstance(getattr(attention, name, None), nn.Linear) for name in ("q_proj", "v_proj")):
+            for name in ("q_proj", "v_proj"):
+                setattr(attention, name, LoRALinear(getattr(attention, name), rank, alpha, blocks=1, updated=(0,)))
+            attentions.append(attention)
+    if not attentions:
+        raise ValueError(f"{type(model).__name__} has no attention with a `qkv` Linear, or `q_proj` and `v_proj`")
+    _assert_used(attentions[0])
+    return model
+
+
+@torch.no_grad()
+def _assert_used(attention: nn.Module) -> None:
+    """An attention that bypasses its Linear modules would leave the update without effect, and without an error."""
+    layer = next(iter(layers(attention).values()))
+    if layer.lora_B.is_meta:
+        return
+    x = torch.linspace(-1, 1, 4 * layer.in_features, device=layer.weight.device, dtype=layer.weight.dtype)
+    x = x.view(1, 4, layer.in_features)
+
+    def out() -> Tensor:
+        y = attention(x)
+        return y[0] if isinstance(y, tuple) else y
+
+    before = out()
+    for lora in layers(attention).values():
+        lora.lora_B.fill_(lora.rank)
+    changed = not torch.equal(out(), before)
+    for lora in layers(attention).values():
+        lora.lora_B.zero_()
+    if not changed:
+        raise ValueError(f"{type(attention).__name__} bypasses its qkv layer: LoRA would have no effect")
+
+
+def save(model: nn.Module, path: str | Path, /, **header) -> None:
+    """Write every A and B and a JSON header (rank, alpha, targets, and what is given: backbone, step, ...)."""
+    found = layers(model)
+    first = next(iter(found.values()))
+    header = {"rank": first.rank, "alpha": first.alpha, "targets": sorted({n.split(".")[-1] for n in found}), **header}
+    tensors = {name: p.detach().cpu().contiguous() for name, p in parameters(model).items()}
+    part = Path(f"{path}.tmp")
+    save_file(tensors, part, metadata={"lora": json.dumps(header)})
+    part.replace(path)
+
+
+def read_header(path: str | Path) -> dict:
+    """The JSON header alone. Raises FileNotFoundError, or ValueError if the file is not one of ours."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no LoRA file at {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads((file.metadata() or {})["lora"])
+    except Exception as error:
+        raise ValueError(f"{path} is not a LoRA file of this project ({type(error).__name__}: {error})") from error
+
+
+def load(model: nn.Module, path: str | Path) -> dict:
+    """Fill A and B from a file, attaching them first if need be; returns the header.
+
+    Raises ValueError listing what does not fit: rank, alpha, layers that the model or the file lacks, shapes.
+    """
+    header = read_header(path)
+    found = layers(model)
+    if not found:
+        attach(model, header["rank"], header["alpha"])
+    elif (layer := next(iter(found.values()))).kept is not None:
+        raise ValueError("unmerge the LoRA that is there before loading another")
+    elif (layer.rank, layer.alpha) != (header["rank"], header["alpha"]):
+        have, got = f"rank {layer.rank}, alpha {layer.alpha}", f"rank {header['rank']}, alpha {header['alpha']}"
+        raise ValueError(f"{path} has {got}; this model has {have}")
+    expected = parameters(model)
+    with safe_open(path, "pt") as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}
+    wrong = [f"missing {name}" for name in expected if name not in state]
+    wrong += [f"unexpected {name}" for name in state if name not in expected]
+    wrong += [
+        f"{name} is {tuple(value.shape)}, expected {tuple(expected[name].shape)}"
+        for name, value in state.items()
+        if name in expected and value.shape != expected[name].shape
+    ]
+    if wrong:
+        raise ValueError(f"{path} does not fit this model, {len(wrong)} names: {'; '.join(wrong[:4])}")
+    with torch.no_grad():
+        for name, parameter in expected.items():
+            parameter.copy_(state[name])
+    return header
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> nn.Module:
+    """W <- W + (alpha / rank) B A in place, summed in float32; A and B stay, and the old W is kept for unmerge."""
+    for layer in layers(model).values():
+        if layer.kept is None:
+            layer.kept = layer.weight.clone()
+            layer.weight.copy_(layer.weight.float() + layer.delta())
+    return model
+
+
+@torch.no_grad()
+def unmerge(model: nn.Module) -> nn.Module:
+    """Undo merge() bit for bit."""
+    for layer in layers(model).values():
+        if layer.kept is not None:
+            layer.weight.copy_(layer.kept)
+            layer.kept = None
+    return model

@@ -1,0 +1,105 @@
+"""Stage 1, Algorithm 1: train one in-domain task head T_n on the frozen vision foundation model M.
+
+    torchrun --nproc_per_node 8 stage1_heads.py --task detection      # the paper's run: 8 GPUs, eva_g, 150k steps
+    python stage1_heads.py --task detection --model eva_mini --weights random --coco DIR --iters 200 --warmup 20
+
+Reads COCO 2017 in --coco and the backbone in --weights. Writes OUT/TASK.safetensors (the head, with all that is needed to
+use it), OUT/last.pt (to --resume from) and OUT/log.jsonl. The tasks can run side by side (Sec. 4.2).
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+import backbone as vit
+import common
+import heads
+from data import coco
+
+PAPER = {"detection": {"iters": 150_000, "batch": 1, "lr": 5e-5}}  # Sec. 4.2; batch is per GPU, of 8
+
+
+def main() -> None:
+    # --- options
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--task", choices=heads.HEADS, required=True, help="which head to train (Table 1)")
+    p.add_argument("--iters", type=int, help="steps (Sec. 4.2: 150k)")
+    p.add_argument("--batch", type=int, help="images per process and step (Sec. 4.2: 1)")
+    p.add_argument("--lr", type=float, help="peak learning rate (Sec. 4.2: 5e-5)")
+    p.add_argument("--out", help="folder for everything this run writes (default: out/TASK)")
+    p.add_argument("--save-every", type=int, default=5000, help="steps between checkpoints (Sec. 4.2, stage 2: 5000)")
+    common.add_training_options(p)
+    args = p.parse_args()
+    for name, value in PAPER[args.task].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.out = args.out or f"out/{args.task}"
+    common.check_training_options(args)
+    if args.batch < 1:
+        raise ValueError(f"--batch must be at least 1, got {args.batch}")
+    coco.annotation_file(args.coco, args.task, args.split)
+
+    # --- setup
+    ranks = common.start(args)
+    out = Path(args.out)
+
+    # --- model
+    backbone = vit.load(args.model, args.weights, ranks.dtype, ranks.device, args.seed, use_cls=not args.no_cls)
+    norm = coco.IMAGENET_NORM if args.imagenet_norm else (backbone.mean, backbone.std)
+
+    # --- data
+    exclude = coco.read_ids(args.exclude_images) if args.exclude_images else ()
+    options = dict(seed=args.seed, scale=args.image_scale, fraction=args.data_fraction, exclude=exclude)
+    options["skip_bad"] = args.skip_bad_images
+    dataset = coco.DATASETS[args.task](args.coco, norm, args.split, **options)
+    if ranks.rank == 0:
+        print(*dataset.data.notes, sep="\n", flush=True)
+        out.mkdir(parents=True, exist_ok=True)
+
+    # Alg. 1, line 1: initialize an in-domain task head T_n and freeze M (Backbone is born frozen)
+    head = heads.HEADS[args.task](backbone.dim, dataset.categories).to(ranks.device).train()
+    trained = dict(head.named_parameters())
+    parallel_head = common.parallel(head, ranks.device)
+
+    # --- optimizer
+    optimizer = common.sharded_adamw([{"params": list(trained.values())}])
+    scaler = torch.amp.GradScaler(ranks.device.type, enabled=ranks.dtype == torch.float16)
+
+    # --- resume
+    state = dict(args=args, trained=trained, optimizer=optimizer, scaler=scaler, data=dataset.fingerprint)
+    first = common.resume(out, **state) if args.resume else 0
+    log = common.Log(out, first, args.iters, args.log_every)
+    stream = coco.batches(
+        dataset, args.batch, backbone.patch, ranks.rank, ranks.world, first, args.workers, pin=ranks.device.type == "cuda"
+    )
+
+    # --- loop
+    for step in range(first, args.iters):  # Alg. 1, line 2
+        torch.manual_seed((args.seed << 40) + step * ranks.world + ranks.rank)  # dropout, the same when resumed
+        lr = common.learning_rate(step, args.lr, args.warmup, args.iters)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        images, valid, y = common.to_device(next(stream), ranks.device)
+
+        with torch.no_grad(), ranks.autocast():
+            f = backbone(images, valid)  # Alg. 1, line 3: extract feature f = M(x) for input x
+
+        loss, parts = parallel_head(f, y)  # Alg. 1, line 4: minimize L_n(y, T_n(f)) to obtain T_n*
+        parts["grad_norm"] = common.minimize(loss, optimizer, scaler)
+
+        due = (step + 1) % args.save_every == 0 or step + 1 == args.iters
+        log.add(step + 1, args.task, y, loss, parts, lr, due)
+
+        # --- save
+        if due:
+            common.save(out, step + 1, **state)
+            if ranks.rank == 0:
+                path = out / f"{args.task}.safetensors"
+                heads.save(head, path, args.task, step=step + 1, **common.features_of(args))
+    if ranks.rank == 0:
+        print(f"{out / args.task}.safetensors: T* after {args.iters} steps")
+
+
+if __name__ == "__main__":
+    common.launch(main)
