@@ -2,9 +2,10 @@
 
     f = backbone(images)          # f.cls (B, D), f.grid (B, D, H, W), f.valid: after the final norm
 
-The network itself is timm's (`timm.models.eva.Eva`, `VisionTransformer`); this file adds what ViSFT needs around it: any
-input size, the patch-token map beside [CLS], padding that no valid token ever sees, frozen weights in a storage type of
-their own, and recomputation of the blocks in the backward pass. It knows nothing of LoRA.
+The network itself is timm's (`timm.models.eva.Eva`, `VisionTransformer`); this file adds what ViSFT needs
+around it: any input size, the patch-token map beside [CLS], padding that no valid token ever sees, frozen
+weights in a storage type of their own, and recomputation of the blocks in the backward pass. It knows nothing
+of LoRA.
 """
 
 from pathlib import Path
@@ -23,6 +24,8 @@ TIMM_NAMES = {  # ours -> timm's
     "eva_g": "eva_giant_patch14_clip_224.laion400m",  # Table 2, EVA-ViT-G: EVA01-CLIP-g, 1.0 B
     "eva_e": "eva02_enormous_patch14_clip_224.laion2b_plus",  # Table 2, EVA-ViT-E: EVA02-CLIP-E-plus, 4.4 B
 }
+
+IMAGENET_NORM = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean, std: what the authors' release uses
 
 default_cfgs = generate_default_cfgs({"eva_mini": _cfg(num_classes=0)})
 
@@ -60,7 +63,9 @@ class Backbone(nn.Module):
         super().__init__()
         timm_name = TIMM_NAMES.get(name, name)
         if not timm.is_model(timm_name):
-            raise ValueError(f"--model {name}: neither {', '.join(TIMM_NAMES)}, eva_mini nor a model that timm has")
+            raise ValueError(
+                f"--model {name}: neither {', '.join(TIMM_NAMES)}, eva_mini nor a model that timm has"
+            )
         self.name, self.use_cls, self.recompute = name, use_cls, False
         options = dict(pretrained=pretrained, num_classes=0, global_pool="", dynamic_img_size=True)
         try:
@@ -70,7 +75,9 @@ class Backbone(nn.Module):
         needed = ("patch_embed", "pos_embed", "cls_token", "blocks", "norm", "norm_pre", "num_prefix_tokens")
         missing = [attribute for attribute in needed if not hasattr(self.vit, attribute)]
         if missing or getattr(self.vit, "rope_mixed", False):
-            raise ValueError(f"--model {name}: not a plain ViT (lacks {', '.join(missing) or 'one RoPE for all blocks'})")
+            raise ValueError(
+                f"--model {name}: not a plain ViT (lacks {', '.join(missing) or 'one RoPE for all blocks'})"
+            )
         self.dim: int = self.vit.embed_dim
         self.patch: int = self.vit.patch_embed.patch_size[0]
         self.mean, self.std = self.vit.pretrained_cfg["mean"], self.vit.pretrained_cfg["std"]
@@ -82,10 +89,11 @@ class Backbone(nn.Module):
         images: (B, 3, h, w) normalized floats, h and w multiples of the patch size
         valid: (B, h, w) bool, True on image, False on the padding to its right and below; None: no padding
         """
-        x, rope, (H, W) = self._embed(images)  # (B, N, D), N = prefix + H * W
+        if valid is not None:
+            valid = valid[:, :: self.patch, :: self.patch]  # (B, H, W): a patch with any image in it counts
+        x, rope, (H, W) = self._embed(images, valid)  # (B, N, D), N = prefix + H * W
         mask = None
         if valid is not None:  # padding is never a key, so an image's features do not depend on its batch
-            valid = valid[:, :: self.patch, :: self.patch]  # (B, H, W): a patch counts if any pixel of it does
             mask = F.pad(valid.flatten(1), (x.shape[1] - H * W, 0), value=True)[:, None, None]  # (B, 1, 1, N)
         where = {"attn_mask": mask} if rope is None else {"attn_mask": mask, "rope": rope}
         for block in self.vit.blocks:
@@ -101,11 +109,13 @@ class Backbone(nn.Module):
     def has_cls(self) -> bool:
         return self.use_cls and self.vit.cls_token is not None
 
-    def _embed(self, images: Tensor) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
-        """Patch, class and position embeddings; the last resized by plain bicubic interpolation (EVA, LAVIS)."""
+    def _embed(self, images: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
+        """Patch, class and position embeddings, the last resized by plain bicubic interpolation as in EVA."""
         vit = self.vit
         if images.shape[2] % self.patch or images.shape[3] % self.patch:
-            raise ValueError(f"images of {tuple(images.shape[2:])}: both sides must be multiples of {self.patch}")
+            raise ValueError(
+                f"images of {tuple(images.shape[2:])}: both sides must be multiples of {self.patch}"
+            )
         x = vit.patch_embed(images)  # (B, H, W, D)
         B, H, W, _ = x.shape
         x = x.flatten(1, 2)  # (B, H * W, D)
@@ -113,33 +123,49 @@ class Backbone(nn.Module):
         if vit.pos_embed is None:
             x = torch.cat([*prefix, x], 1)
         elif vit.no_embed_class:
-            x = torch.cat([*prefix, x + self._positions(H, W)], 1)
+            x = torch.cat([*prefix, x + self._positions(H, W, valid)], 1)
         else:
-            x = torch.cat([*prefix, x], 1) + self._positions(H, W)
+            x = torch.cat([*prefix, x], 1) + self._positions(H, W, valid)
         if not self.use_cls:
             x = x[:, vit.num_prefix_tokens :]
         rope = getattr(vit, "rope", None)
         if rope is not None:
+            if valid is not None:
+                raise ValueError(
+                    f"{self.name} has rotary positions, one grid for the whole batch: use --batch 1"
+                )
             rope = rope.get_embed(shape=(H, W))
         return vit.norm_pre(x), rope, (H, W)
 
-    def _positions(self, H: int, W: int) -> Tensor:
-        """(1, prefix + H * W, D). timm's own resize smooths (antialias), which is 5-8% off what EVA was trained with."""
+    def _positions(self, H: int, W: int, valid: Tensor | None) -> Tensor:
+        """(1 or B, prefix + H * W, D), stretched over the valid part of each image.
+
+        timm's own resize smooths (antialias), which is 5-8% off what EVA was trained with.
+        """
         pos, (H0, W0) = self.vit.pos_embed, self.vit.patch_embed.grid_size
-        if (H, W) == (H0, W0):
+        if (H, W) == (H0, W0) and valid is None:
             return pos
         prefix, grid = pos[:, : -H0 * W0], pos[:, -H0 * W0 :]
         grid = grid.transpose(1, 2).unflatten(2, (H0, W0)).float()  # (1, D, H0, W0)
-        grid = F.interpolate(grid, (H, W), mode="bicubic", align_corners=False)
-        return torch.cat([prefix, grid.flatten(2).transpose(1, 2).to(pos.dtype)], 1)
+        if valid is None:
+            grid = F.interpolate(grid, (H, W), mode="bicubic", align_corners=False)
+        else:  # the same interpolation, each image to its own size, which is known on the device only
+            y = (torch.arange(H, device=pos.device) * 2 + 1) / valid[:, :, :1].sum(1) - 1  # (B, H) in (-1, 1)
+            x = (torch.arange(W, device=pos.device) * 2 + 1) / valid[:, :1].sum(2) - 1  # (B, W)
+            y, x = y[:, :, None].expand(-1, -1, W), x[:, None].expand(-1, H, -1)  # (B, H, W)
+            at = torch.stack([x, y], -1)  # (B, H, W, 2)
+            grid = grid.expand(len(at), -1, -1, -1)
+            grid = F.grid_sample(grid, at.to(grid.dtype), "bicubic", "border", align_corners=False)
+        grid = grid.flatten(2).transpose(1, 2).to(pos.dtype)  # (1 or B, H * W, D)
+        return torch.cat([prefix.expand(len(grid), -1, -1), grid], 1)
 
 
-def load(name: str, weights: str, dtype: torch.dtype = torch.float32, device="cpu", seed: int = 0, use_cls=True):
+def load(name: str, weights: str, dtype=torch.float32, device="cpu", seed: int = 0, use_cls=True) -> Backbone:
     """A frozen Backbone with its weights.
 
-    weights: a file (.safetensors, .pt, .pth, .bin; timm's names), `pretrained` (timm downloads), or `random` (from `seed`)
+    weights: a file with timm's names (safetensors or torch), `pretrained` (timm's), `random` (from `seed`)
     dtype: how the frozen weights are stored
-    Raises FileNotFoundError, or ValueError naming the weights that are missing, unexpected or of another shape.
+    Raises FileNotFoundError, or ValueError naming weights that are missing, unexpected or of another shape.
     """
     if weights in ("random", "pretrained"):
         with torch.random.fork_rng(devices=[]):

@@ -1,7 +1,7 @@
 """What both stages need and neither is about: options, ranks, the sharded optimizer, checkpoints, the log.
 
 Everything that knows about processes is here. `python script.py` runs the same code as a group of one.
-Gradients are averaged by torch's DDP and the optimizer state is sharded by fairscale's OSS (ZeRO, paper Sec. 4.2).
+Gradients are averaged by torch's DDP; the optimizer state is sharded by fairscale's OSS (ZeRO, Sec. 4.2).
 """
 
 import argparse
@@ -30,7 +30,8 @@ from tqdm import tqdm
 CLIP_GRAD = 0.1  # L2 norm over all trained parameters; not in the paper; the authors' release
 WEIGHT_DECAY = 1e-4  # the authors' release
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MAY_CHANGE = {"out", "resume", "coco", "workers", "log_every", "save_every", "exclude_images"}  # between run and resume
+# Options that may differ between a run and its resumption
+MAY_CHANGE = {"out", "resume", "coco", "workers", "log_every", "save_every", "exclude_images"}
 
 
 # --- options
@@ -38,34 +39,40 @@ MAY_CHANGE = {"out", "resume", "coco", "workers", "log_every", "save_every", "ex
 
 def add_training_options(p: argparse.ArgumentParser) -> None:
     """The options that both stages share."""
-    p.add_argument("--model", default="eva_g", help="eva_g, eva_e (Table 2), eva_mini, or the name of any timm ViT")
-    p.add_argument("--weights", help="backbone weights: a file, `pretrained` (timm downloads), or `random` "
-                   "(default: weights/MODEL.safetensors)")  # fmt: skip
-    p.add_argument("--coco", default="coco", help="folder with annotations/ and train2017/ (default: coco)")
-    p.add_argument("--split", default="train2017", help="which images and annotations of it (default: train2017)")
-    p.add_argument("--warmup", type=int, default=2000, help="steps of linear warm-up (Sec. 4.2: 2000; 0 = off)")
-    p.add_argument("--seed", type=int, default=0, help="of the initialization, the data order and the augmentation")
-    p.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    p.add_argument("--log-every", type=int, default=50, help="steps between lines of log.jsonl")
-    p.add_argument("--workers", type=int, default=4, help="loader processes for each rank and task (0 = none)")
-    p.add_argument("--backbone-dtype", choices=["auto", *DTYPES], default="auto", help="how the frozen ViT is stored and "
-                   "run (auto: bf16 on GPUs that have it, fp16 on older ones, fp32 on CPU); what trains is fp32")  # fmt: skip
-    p.add_argument("--no-cls", action="store_true", help="leave [CLS] out of the sequence, as the authors' release does")
-    p.add_argument("--imagenet-norm", action="store_true", help="ImageNet's mean and std, as the authors' release, "
-                   "instead of the backbone's own")  # fmt: skip
-    p.add_argument("--exclude-images", help="keep these COCO images out of training: a file of ids, or a Karpathy "
-                   "dataset_coco.json (its test and val images)")  # fmt: skip
-    p.add_argument("--image-scale", type=float, default=1.0, help="training image sizes relative to the release's (1 = long "
-                   "side 672 for detection; 0.3 to try it on a laptop)")  # fmt: skip
-    p.add_argument("--data-fraction", type=float, default=1.0, help="train on this part of the images (Table 10)")
-    p.add_argument("--skip-bad-images", action="store_true", help="count undecodable images and take the next one")
+    add = p.add_argument
+    add("--model", default="eva_g", help="eva_g, eva_e (Table 2), eva_mini, or the name of any timm ViT")
+    add(
+        "--weights",
+        help="a file, `pretrained` (timm downloads), `random` (default: weights/MODEL.safetensors)",
+    )
+    add("--coco", default="coco", help="folder that holds annotations/ and train2017/")
+    add("--split", default="train2017", help="which of its images and annotations")
+    add("--warmup", type=int, default=2000, help="steps of linear warm-up (Sec. 4.2: 2000; 0 = off)")
+    add("--seed", type=int, default=0, help="of the initialization, the data order and the augmentation")
+    add("--resume", action="store_true", help="go on with the run in --out")
+    add("--log-every", type=int, default=50, help="steps between lines of log.jsonl")
+    add("--workers", type=int, default=4, help="loader processes per rank and task (0 = none)")
+    dtypes = (
+        "type of the frozen ViT (auto: bf16 on GPUs that have it, else fp16; CPU: fp32); what trains is fp32"
+    )
+    add("--backbone-dtype", choices=["auto", *DTYPES], default="auto", help=dtypes)
+    add("--no-cls", action="store_true", help="no [CLS] in the sequence (the authors' release)")
+    add("--imagenet-norm", action="store_true", help="ImageNet's mean and std (the release), not the model's")
+    add("--exclude-images", metavar="FILE", help="ids to leave out, or a Karpathy JSON (its test and val)")
+    add(
+        "--image-scale", type=float, default=1.0, help="times the release's sizes (1: detection up to 672 px)"
+    )
+    add("--data-fraction", type=float, default=1.0, help="train on this part of the images (Table 10)")
+    add("--skip-bad-images", action="store_true", help="count undecodable images and take the next one")
 
 
 def check_training_options(args: argparse.Namespace) -> None:
     """Refuse impossible values and missing files before anything is loaded; fill in the default weights."""
     for name, least in dict(iters=1, warmup=0, seed=0, save_every=1, log_every=1, workers=0).items():
         if getattr(args, name) < least:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
+            raise ValueError(
+                f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}"
+            )
     if not (args.lr > 0 and math.isfinite(args.lr)):
         raise ValueError(f"--lr must be positive, got {args.lr}")
     if not 0 < args.data_fraction <= 1:
@@ -75,7 +82,7 @@ def check_training_options(args: argparse.Namespace) -> None:
     args.weights = args.weights or f"weights/{args.model}.safetensors"
     if args.weights not in ("random", "pretrained") and not Path(args.weights).is_file():
         raise FileNotFoundError(
-            f"no backbone weights at {args.weights}: pass --weights FILE, or --weights pretrained to let timm download them"
+            f"no backbone weights at {args.weights}: pass --weights FILE, or `pretrained` (timm downloads)"
         )
     if args.exclude_images and not Path(args.exclude_images).is_file():
         raise FileNotFoundError(f"--exclude-images {args.exclude_images}: no such file")
@@ -100,12 +107,16 @@ class Ranks:
     device: torch.device
     dtype: torch.dtype
 
+    def seed(self, seed: int, step: int) -> None:
+        """What follows depends on these alone. To be called after fetching data: a new loader draws a number."""
+        torch.manual_seed((seed << 40) + step * self.world + self.rank)
+
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
 def start(args: argparse.Namespace) -> Ranks:
-    """Join the process group that torchrun describes, or make one of one; seed; say what runs."""
+    """Join the process group that torchrun describes, or make one of one; say what runs."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
@@ -118,24 +129,25 @@ def start(args: argparse.Namespace) -> Ranks:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     dtype = args.backbone_dtype
     if dtype == "auto":
-        dtype = "fp32" if not cuda else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    torch.manual_seed(args.seed)
+        half = "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        dtype = half if cuda else "fp32"
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), device, DTYPES[dtype])
     if ranks.rank == 0:
-        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-        print(shlex.join(sys.argv), f"| commit {git.stdout.strip() or 'unknown'}")
-        print(f"python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}, "
-              f"timm {timm.__version__}, fairscale {fairscale.__version__}")  # fmt: skip
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        print(shlex.join(sys.argv), f"| commit {commit or 'unknown'}")
+        modules = (torch, torchvision, timm, fairscale)
+        print("python", platform.python_version(), *(f"{m.__name__} {m.__version__}" for m in modules))
         print(f"{ranks.world} x {torch.cuda.get_device_name(device) if cuda else 'cpu'}, backbone in {dtype}")
         print(" ".join(f"{k}={v}" for k, v in vars(args).items()), flush=True)
     return ranks
 
 
 def launch(main) -> None:
-    """Run a script's main. The user's errors are one line and exit code 2, ours a traceback; the group is left cleanly."""
+    """Run a script's main and leave the group cleanly. The user's errors are one line and exit code 2."""
     code = 1
     try:
-        main()  # its wrappers and optimizer are gone when it returns; gloo aborts at exit if they outlive the group
+        main()  # its DDP wrappers go when it returns: gloo can abort at exit if they outlive the group
         if dist.is_initialized():
             dist.barrier()
         code = 0
@@ -147,7 +159,7 @@ def launch(main) -> None:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         code = 130
-        print("interrupted: the same command with --resume goes on from the last checkpoint", file=sys.stderr, flush=True)
+        print("interrupted: --resume goes on from the last checkpoint", file=sys.stderr, flush=True)
     finally:
         gc.collect()
         if dist.is_initialized():
@@ -165,7 +177,7 @@ def to_device(item, device: torch.device):
 
 
 def parallel(module: nn.Module, device: torch.device) -> DistributedDataParallel:
-    """Average what `module` trains over the ranks. Its frozen weights, equal everywhere by construction, are not sent."""
+    """Average what `module` trains over the ranks. Its frozen weights, equal everywhere, are not sent."""
     fixed = [name for name, p in module.named_parameters() if not p.requires_grad]
     fixed += [name for name, _ in module.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, fixed)
@@ -184,7 +196,7 @@ def learning_rate(step: int, peak: float, warmup: int, iters: int) -> float:
 
 
 def sharded_adamw(groups: list[dict]) -> OSS:
-    """AdamW, its state spread over the ranks (ZeRO). Not broadcast_fp16: it would round the weights at every step."""
+    """AdamW, its state spread over the ranks (ZeRO). broadcast_fp16 would round the weights at every step."""
     return OSS(groups, torch.optim.AdamW, lr=0.0, weight_decay=WEIGHT_DECAY, broadcast_fp16=False)
 
 
@@ -193,101 +205,131 @@ def minimize(loss: Tensor, optimizer: OSS, scaler: torch.amp.GradScaler) -> Tens
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    # Not OSS.clip_grad_norm: under DDP every rank holds every gradient, and OSS's goes wrong when a head sits out a step
+    # Not OSS.clip_grad_norm, which goes wrong when a head sits out a step; under DDP a rank has all gradients
     norm = nn.utils.clip_grad_norm_(trained, CLIP_GRAD)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return norm.nan_to_num(posinf=0) if scaler.is_enabled() else norm  # fp16: the scaler skipped an overflow, no harm done
+    # Under fp16 an overflow is no fault: the scaler has skipped that step
+    return norm.nan_to_num(posinf=0) if scaler.is_enabled() else norm
 
 
 # --- checkpoint
 
 
-def save(out: Path, step: int, args, trained: dict[str, Tensor], optimizer: OSS, scaler, **more) -> None:
-    """OUT/last.pt, whole or not at all; the one before stays as OUT/previous.pt. All ranks must call it."""
-    optimizer.consolidate_state_dict(recipient_rank=0)
-    if dist.get_rank() == 0:
-        state = {
-            "step": step,
-            "options": run_options(args),
-            "trained": {name: p.detach().cpu() for name, p in trained.items()},
-            "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict(),
-            **more,
-        }
-        part, last, previous = (out / name for name in ("last.pt.tmp", "last.pt", "previous.pt"))
-        with open(part, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if last.exists():
-            last.replace(previous)
-        part.replace(last)
-    dist.barrier()
+@dataclass
+class Checkpoint:
+    """OUT/last.pt: what trains, optimizer, scaler, step and options, as tensors and JSON values only.
 
-
-def resume(out: Path, args, trained: dict[str, Tensor], optimizer: OSS, scaler, **more) -> int:
-    """Put back what save() kept and return the step to go on with; 0 if there is no checkpoint yet.
-
-    Raises ValueError listing the options (or `more` values) that differ from the run's.
+    trained: by name; data: identifies the training data
     """
-    state = None
-    for path in (out / "last.pt", out / "previous.pt"):
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            break
-        except FileNotFoundError:
-            continue
-        except Exception as error:  # whatever a half-written file makes torch.load raise
-            print(f"{path} cannot be read ({type(error).__name__}); trying the one before it")
-    if state is None:
-        print(f"nothing to resume in {out}: starting at step 0")
-        return 0
-    now, then = {**run_options(args), **more}, {**state["options"], **{k: state[k] for k in more}}
-    changed = [f"{k} was {then.get(k)}, is {now.get(k)}" for k in {**then, **now} if then.get(k) != now.get(k)]
-    if changed:
-        raise ValueError(f"--resume {path}: these options changed: {'; '.join(changed)}; put them back, or use a new --out")
-    for name, p in trained.items():
-        p.data.copy_(state["trained"][name])
-    optimizer.load_state_dict(state["optimizer"])
-    for moments in optimizer.optim.state.values():
-        moments["step"] = moments["step"].cpu()  # OSS moves it to the GPU, where AdamW would wait for it at every step
-    scaler.load_state_dict(state["scaler"])
-    return state["step"]
 
+    out: Path
+    args: argparse.Namespace
+    trained: dict[str, Tensor]
+    optimizer: OSS
+    scaler: torch.amp.GradScaler
+    data: str | dict
 
-def run_options(args: argparse.Namespace) -> dict:
-    """What must not change between a run and its resumption. More ranks with smaller batches are the same run."""
-    options = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE}
-    batch = options["batch"]
-    world = dist.get_world_size()
-    options["batch"] = {k: v * world for k, v in batch.items()} if isinstance(batch, dict) else batch * world
-    return options
+    def save(self, step: int) -> None:
+        """Whole or not at all; the one before stays as OUT/previous.pt. All ranks must call it."""
+        self.optimizer.consolidate_state_dict(recipient_rank=0)
+        if dist.get_rank() == 0:
+            state = {
+                "step": step,
+                "options": self.options(),
+                "trained": {name: p.detach().cpu() for name, p in self.trained.items()},
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+            }
+            part, last, previous = (self.out / name for name in ("last.pt.tmp", "last.pt", "previous.pt"))
+            with open(part, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            if last.exists():
+                last.replace(previous)
+            part.replace(last)
+        dist.barrier()
+
+    def load(self) -> int:
+        """Put everything back and return the step to go on with; 0 if there is no checkpoint yet.
+
+        Raises ValueError listing the options that differ from the run's.
+        """
+        state = None
+        for path in (self.out / "last.pt", self.out / "previous.pt"):
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+                break
+            except FileNotFoundError:
+                continue
+            except Exception as error:  # whatever a half-written file makes torch.load raise
+                print(f"{path} cannot be read ({type(error).__name__}): trying the one before it")
+        if state is None:
+            print(f"nothing to resume in {self.out}: starting at step 0")
+            return 0
+        now, then = self.options(), state["options"]
+        changed = [
+            f"{k} was {then.get(k)}, is {now.get(k)}" for k in {**then, **now} if then.get(k) != now.get(k)
+        ]
+        if changed:
+            raise ValueError(
+                f"--resume {path}: changed: {'; '.join(changed)}; put it back, or take a new --out"
+            )
+        with torch.no_grad():
+            for name, p in self.trained.items():
+                p.copy_(state["trained"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for moments in self.optimizer.optim.state.values():
+            moments["step"] = moments["step"].cpu()  # OSS put it on the GPU, where AdamW would wait for it
+        self.scaler.load_state_dict(state["scaler"])
+        return state["step"]
+
+    def options(self) -> dict:
+        """What a resumption must not change. More ranks with smaller batches are the same run."""
+        options = {k: v for k, v in vars(self.args).items() if k not in MAY_CHANGE}
+        batch, world = options["batch"], dist.get_world_size()
+        options["batch"] = (
+            {k: v * world for k, v in batch.items()} if isinstance(batch, dict) else batch * world
+        )
+        return {**options, "data": self.data}
 
 
 # --- log
 
 
 class Log:
-    """OUT/log.jsonl and the progress bar. Losses stay on the device until a line is due, so no step waits for one."""
+    """OUT/log.jsonl and the progress bar. Losses stay on the device until a line is due: no step waits."""
 
     def __init__(self, out: Path, first: int, iters: int, every: int):
         self.every, self.pending, self.skipped = every, [], 0
         self.path = out / "log.jsonl" if dist.get_rank() == 0 else None
+        if self.path:
+            out.mkdir(parents=True, exist_ok=True)
         if self.path and self.path.exists():  # lines after the checkpoint will be written again
-            lines = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= first]
-            self.path.write_text("".join(f"{line}\n" for line in lines))
-        self.bar = tqdm(total=iters, initial=first, disable=self.path is None, dynamic_ncols=True)
+            lines = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            self.path.write_text("".join(line for line in lines if json.loads(line)["step"] <= first))
+        self.iters, self.bar = iters, None
 
-    def add(self, step: int, task: str, y: list[dict], loss: Tensor, parts: dict[str, Tensor], lr: float, save: bool) -> None:
+    def say(self, lines: list[str]) -> None:
+        """Print, once for all ranks."""
+        if self.path:
+            print(*lines, sep="\n", flush=True)
+
+    def add(self, step: int, task: str, y: list[dict], loss: Tensor, parts: dict, lr: float, save: bool):
         """Note a finished step (counted from 1); write a line when one is due, or `save` is about to happen.
 
-        Raises FloatingPointError on every rank, naming step, task and images, if a loss or gradient was not finite.
+        Raises FloatingPointError on every rank, naming step, task and images, if a loss or gradient was not
+        finite.
         """
         values = {"loss": loss.detach(), **parts}
-        self.pending.append((step, task, [t["image_id"] for t in y], list(values), torch.stack(list(values.values()))))
+        self.pending.append(
+            (step, task, [t["image_id"] for t in y], list(values), torch.stack(list(values.values())))
+        )
         self.skipped += sum(len(t.get("skipped", ())) for t in y)
+        if self.bar is None:
+            self.bar = tqdm(total=self.iters, initial=step - 1, disable=self.path is None, dynamic_ncols=True)
         self.bar.update()
         if not (save or step % self.every == 0):
             return
@@ -298,12 +340,13 @@ class Log:
         dist.all_reduce(reduced)  # sums over the ranks, of which every one has run the same tasks
         *sums, skipped = reduced.tolist()
         broken_anywhere, broken_here = sums[len(flat) :], broken.tolist()
-        for (at, task_at, images, *_), anywhere, here in zip(self.pending, broken_anywhere, broken_here, strict=True):
+        broken = zip(self.pending, broken_anywhere, broken_here, strict=True)
+        for (at, task_at, images, *_), anywhere, here in broken:
             if anywhere:
                 where = f"images {images}" if here else "on another rank"
                 raise FloatingPointError(
-                    f"loss or gradient not finite at step {at}, task {task_at}, {where}; the last checkpoint is intact: "
-                    "lower --lr, or leave those images out with --exclude-images"
+                    f"loss or gradient not finite at step {at}, task {task_at}, {where}. The last checkpoint is "
+                    "good: lower --lr"
                 )
         means, remaining = {}, iter(sums)
         for _, task_at, _, names, _ in self.pending:
@@ -315,5 +358,7 @@ class Log:
         if self.path:
             with open(self.path, "a") as file:
                 file.write(json.dumps(line) + "\n")
-            self.bar.set_postfix({k.split("/")[0]: f"{v:.3f}" for k, v in line.items() if k.endswith("/loss")})
+            self.bar.set_postfix(
+                {k.split("/")[0]: f"{v:.3f}" for k, v in line.items() if k.endswith("/loss")}
+            )
         self.pending.clear()

@@ -5,9 +5,9 @@
     lora.load(vit, "lora.safetensors")   # attaches if need be
     lora.merge(vit); lora.unmerge(vit)   # W <- W + (alpha / rank) B A, and back, bit for bit
 
-It works from outside, on timm's EVA and plain ViTs, open_clip's towers and transformers' BLIP-2 vision model: wherever
-attention has one fused `qkv` Linear, or separate `q_proj` and `v_proj`. Names, row order (q, then v) and shapes are those
-of the authors' released files. train() and eval() change nothing here: merging is a call.
+It works from outside, on timm's EVA and plain ViTs, open_clip's towers and transformers' BLIP-2 vision model:
+wherever attention has one fused `qkv` Linear, or separate `q_proj` and `v_proj`. Names, row order (q, then v)
+and shapes are those of the authors' released files. train() and eval() change nothing: merging is a call.
 """
 
 import json
@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 
 class LoRALinear(nn.Linear):
-    """A frozen Linear, its own weight and bias kept by identity, plus low-rank updates of some of its row blocks.
+    """A frozen Linear, its weight and bias kept by identity, plus low-rank updates of some of its row blocks.
 
-    linear: the layer to take over, D_in -> D_out in `blocks` equal row blocks (3 for a fused qkv, 1 for q or v alone)
+    linear: the layer to take over, D_in -> D_out in `blocks` equal row blocks (fused qkv: 3; q or v alone: 1)
     updated: which blocks get an update, e.g. (0, 2) for q and v
-    lora_A: (n r, D_in), lora_B: (n D_out / blocks, r), n = len(updated); float32 whatever the weight is stored in
+    lora_A: (n r, D_in), lora_B: (n D_out / blocks, r), n = len(updated); always float32
     """
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float, blocks: int, updated: tuple[int, ...]):
@@ -37,7 +37,7 @@ class LoRALinear(nn.Linear):
         new = dict(device=linear.weight.device, dtype=torch.float32)
         self.lora_A = nn.Parameter(torch.empty(n * rank, linear.in_features, **new))
         self.lora_B = nn.Parameter(torch.zeros(n * rows, rank, **new))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # U(-1 / sqrt(D), 1 / sqrt(D)), as LoRA's authors
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # U(+-1 / sqrt(D)), as LoRA's authors
         self.kept: Tensor | None = None  # the weight before merge()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -55,11 +55,10 @@ class LoRALinear(nn.Linear):
 
     def delta(self) -> Tensor:
         """The update as a dense (D_out, D_in) float32 matrix."""
-        delta = self.weight.new_zeros(self.weight.shape, dtype=torch.float32)
-        blocks = delta.chunk(self.blocks)
-        for i, a, b in zip(self.updated, self.lora_A.split(self.rank), self.lora_B.chunk(len(self.updated)), strict=True):
-            blocks[i].copy_(b @ a * (self.alpha / self.rank))
-        return delta
+        A, B = self.lora_A.split(self.rank), self.lora_B.chunk(len(self.updated))
+        products = [b @ a * (self.alpha / self.rank) for a, b in zip(A, B, strict=True)]
+        block = dict(zip(self.updated, products, strict=True))
+        return torch.cat([block.get(i, torch.zeros_like(products[0])) for i in range(self.blocks)])
 
 
 def layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -69,14 +68,15 @@ def layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """What stage 2 trains: every lora_A and lora_B by name, in the model's order."""
-    return {f"{name}.{part}": getattr(layer, part) for name, layer in layers(model).items() for part in ("lora_A", "lora_B")}
+    found = layers(model).items()
+    return {f"{name}.{part}": getattr(layer, part) for name, layer in found for part in ("lora_A", "lora_B")}
 
 
 def attach(model: nn.Module, rank: int = 64, alpha: float = 1.0) -> nn.Module:
-    """Put A and B beside the q and v projections of every attention layer, in place; the output does not change yet.
+    """Put A and B beside the q and v of every attention layer, in place; the output does not change yet.
 
-    alpha: the update is scaled by alpha / rank; 1 is what the authors' released weights need, `rank` is Eq. 1 as printed
-    Raises ValueError if the model has no such attention layer, has LoRA already, or does not use what was attached.
+    alpha: the update is scaled by alpha / rank; the authors' released weights: 1; Eq. 1 as printed: the rank
+    Raises ValueError if the model has no such layer, has LoRA already, or does not use what was attached.
     """
     if layers(model):
         raise ValueError("LoRA is attached already")
@@ -88,21 +88,23 @@ def attach(model: nn.Module, rank: int = 64, alpha: float = 1.0) -> nn.Module:
         if isinstance(qkv, nn.Linear) and qkv.out_features == 3 * qkv.in_features:
             attention.qkv = LoRALinear(qkv, rank, alpha, blocks=3, updated=(0, 2))
             if hasattr(attention, "qkv_bias_separate"):
-                attention.qkv_bias_separate = True  # else timm's EvaAttention reads qkv.weight and never calls qkv
+                attention.qkv_bias_separate = True  # else timm's EvaAttention never calls qkv, only reads it
             attentions.append(attention)
         elif all(isinstance(getattr(attention, name, None), nn.Linear) for name in ("q_proj", "v_proj")):
-            for name in ("q_proj", "v_proj"):
-                setattr(attention, name, LoRALinear(getattr(attention, name), rank, alpha, blocks=1, updated=(0,)))
+            attention.q_proj = LoRALinear(attention.q_proj, rank, alpha, blocks=1, updated=(0,))
+            attention.v_proj = LoRALinear(attention.v_proj, rank, alpha, blocks=1, updated=(0,))
             attentions.append(attention)
     if not attentions:
-        raise ValueError(f"{type(model).__name__} has no attention with a `qkv` Linear, or `q_proj` and `v_proj`")
+        raise ValueError(
+            f"{type(model).__name__}: no attention with a `qkv`, or `q_proj` and `v_proj`, Linear"
+        )
     _assert_used(attentions[0])
     return model
 
 
 @torch.no_grad()
 def _assert_used(attention: nn.Module) -> None:
-    """An attention that bypasses its Linear modules would leave the update without effect, and without an error."""
+    """An attention that bypasses its Linear modules would leave the update without effect or error."""
     layer = next(iter(layers(attention).values()))
     if layer.lora_B.is_meta:
         return
@@ -124,10 +126,11 @@ def _assert_used(attention: nn.Module) -> None:
 
 
 def save(model: nn.Module, path: str | Path, /, **header) -> None:
-    """Write every A and B and a JSON header (rank, alpha, targets, and what is given: backbone, step, ...)."""
+    """Write every A and B and a JSON header: rank, alpha, targets, and what is given (backbone, step)."""
     found = layers(model)
     first = next(iter(found.values()))
-    header = {"rank": first.rank, "alpha": first.alpha, "targets": sorted({n.split(".")[-1] for n in found}), **header}
+    targets = sorted({name.rpartition(".")[2] for name in found})
+    header = {"rank": first.rank, "alpha": first.alpha, "targets": targets, **header}
     tensors = {name: p.detach().cpu().contiguous() for name, p in parameters(model).items()}
     part = Path(f"{path}.tmp")
     save_file(tensors, part, metadata={"lora": json.dumps(header)})
@@ -142,7 +145,7 @@ def read_header(path: str | Path) -> dict:
         with safe_open(path, "pt") as file:
             return json.loads((file.metadata() or {})["lora"])
     except Exception as error:
-        raise ValueError(f"{path} is not a LoRA file of this project ({type(error).__name__}: {error})") from error
+        raise ValueError(f"{path}: not one of our LoRA files ({type(error).__name__}: {error})") from error
 
 
 def load(model: nn.Module, path: str | Path) -> dict:
@@ -157,8 +160,8 @@ def load(model: nn.Module, path: str | Path) -> dict:
     elif (layer := next(iter(found.values()))).kept is not None:
         raise ValueError("unmerge the LoRA that is there before loading another")
     elif (layer.rank, layer.alpha) != (header["rank"], header["alpha"]):
-        have, got = f"rank {layer.rank}, alpha {layer.alpha}", f"rank {header['rank']}, alpha {header['alpha']}"
-        raise ValueError(f"{path} has {got}; this model has {have}")
+        have, got = (layer.rank, layer.alpha), (header["rank"], header["alpha"])
+        raise ValueError(f"{path} has (rank, alpha) {got}; this model has {have}")
     expected = parameters(model)
     with safe_open(path, "pt") as file:
         state = {name: file.get_tensor(name) for name in file.keys()}
@@ -179,7 +182,7 @@ def load(model: nn.Module, path: str | Path) -> dict:
 
 @torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
-    """W <- W + (alpha / rank) B A in place, summed in float32; A and B stay, and the old W is kept for unmerge."""
+    """W <- W + (alpha / rank) B A in place, summed in float32; A, B and the old W are kept for unmerge."""
     for layer in layers(model).values():
         if layer.kept is None:
             layer.kept = layer.weight.clone()

@@ -1,10 +1,12 @@
 """Stage 1, Algorithm 1: train one in-domain task head T_n on the frozen vision foundation model M.
 
-    torchrun --nproc_per_node 8 stage1_heads.py --task detection      # the paper's run: 8 GPUs, eva_g, 150k steps
-    python stage1_heads.py --task detection --model eva_mini --weights random --coco DIR --iters 200 --warmup 20
+The paper's run (8 GPUs, eva_g, 150k steps), and one on a laptop:
 
-Reads COCO 2017 in --coco and the backbone in --weights. Writes OUT/TASK.safetensors (the head, with all that is needed to
-use it), OUT/last.pt (to --resume from) and OUT/log.jsonl. The tasks can run side by side (Sec. 4.2).
+    torchrun --nproc_per_node 8 stage1_heads.py --task detection
+    python stage1_heads.py --task detection --model eva_mini --weights random --coco DIR --iters 200
+
+Reads COCO 2017 in --coco and the backbone in --weights. Writes OUT/TASK.safetensors (the head and all that is
+needed to use it), OUT/last.pt (to --resume from) and OUT/log.jsonl. The tasks can be trained side by side.
 """
 
 import argparse
@@ -17,7 +19,7 @@ import common
 import heads
 from data import coco
 
-PAPER = {"detection": {"iters": 150_000, "batch": 1, "lr": 5e-5}}  # Sec. 4.2; batch is per GPU, of 8
+PAPER = {"detection": {"iters": 150_000, "batch": 1, "lr": 5e-5}}  # Sec. 4.2; the batch is per GPU, of 8
 
 
 def main() -> None:
@@ -27,8 +29,8 @@ def main() -> None:
     p.add_argument("--iters", type=int, help="steps (Sec. 4.2: 150k)")
     p.add_argument("--batch", type=int, help="images per process and step (Sec. 4.2: 1)")
     p.add_argument("--lr", type=float, help="peak learning rate (Sec. 4.2: 5e-5)")
-    p.add_argument("--out", help="folder for everything this run writes (default: out/TASK)")
-    p.add_argument("--save-every", type=int, default=5000, help="steps between checkpoints (Sec. 4.2, stage 2: 5000)")
+    p.add_argument("--out", help="folder for all that this run writes (default: out/TASK)")
+    p.add_argument("--save-every", type=int, default=5000, help="steps between checkpoints")
     common.add_training_options(p)
     args = p.parse_args()
     for name, value in PAPER[args.task].items():
@@ -44,61 +46,54 @@ def main() -> None:
     ranks = common.start(args)
     out = Path(args.out)
 
-    # --- model
-    backbone = vit.load(args.model, args.weights, ranks.dtype, ranks.device, args.seed, use_cls=not args.no_cls)
-    norm = coco.IMAGENET_NORM if args.imagenet_norm else (backbone.mean, backbone.std)
-
     # --- data
-    exclude = coco.read_ids(args.exclude_images) if args.exclude_images else ()
-    options = dict(seed=args.seed, scale=args.image_scale, fraction=args.data_fraction, exclude=exclude)
-    options["skip_bad"] = args.skip_bad_images
-    dataset = coco.DATASETS[args.task](args.coco, norm, args.split, **options)
-    if ranks.rank == 0:
-        print(*dataset.data.notes, sep="\n", flush=True)
-        out.mkdir(parents=True, exist_ok=True)
+    dataset = coco.open_stream(args.task, args)
 
-    # Alg. 1, line 1: initialize an in-domain task head T_n and freeze M (Backbone is born frozen)
+    # --- model
+    backbone = vit.load(args.model, args.weights, ranks.dtype, ranks.device, args.seed, not args.no_cls)
+    if args.imagenet_norm:
+        backbone.mean, backbone.std = vit.IMAGENET_NORM
+    # Alg. 1, line 1: initialize an in-domain task head T_n and freeze M (a Backbone is always frozen)
+    torch.manual_seed(args.seed)
     head = heads.HEADS[args.task](backbone.dim, dataset.categories).to(ranks.device).train()
     trained = dict(head.named_parameters())
-    parallel_head = common.parallel(head, ranks.device)
+    T = common.parallel(head, ranks.device)
 
     # --- optimizer
     optimizer = common.sharded_adamw([{"params": list(trained.values())}])
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=ranks.dtype == torch.float16)
 
     # --- resume
-    state = dict(args=args, trained=trained, optimizer=optimizer, scaler=scaler, data=dataset.fingerprint)
-    first = common.resume(out, **state) if args.resume else 0
+    run = common.Checkpoint(out, args, trained, optimizer, scaler, data=dataset.fingerprint)
+    first = run.load() if args.resume else 0
     log = common.Log(out, first, args.iters, args.log_every)
-    stream = coco.batches(
-        dataset, args.batch, backbone.patch, ranks.rank, ranks.world, first, args.workers, pin=ranks.device.type == "cuda"
-    )
+    log.say(dataset.notes)
+    stream = coco.batches(dataset, args.batch, backbone, ranks, first, args.workers)
 
     # --- loop
     for step in range(first, args.iters):  # Alg. 1, line 2
-        torch.manual_seed((args.seed << 40) + step * ranks.world + ranks.rank)  # dropout, the same when resumed
         lr = common.learning_rate(step, args.lr, args.warmup, args.iters)
         for group in optimizer.param_groups:
             group["lr"] = lr
         images, valid, y = common.to_device(next(stream), ranks.device)
+        ranks.seed(args.seed, step)  # dropout, the same when resumed
 
         with torch.no_grad(), ranks.autocast():
             f = backbone(images, valid)  # Alg. 1, line 3: extract feature f = M(x) for input x
 
-        loss, parts = parallel_head(f, y)  # Alg. 1, line 4: minimize L_n(y, T_n(f)) to obtain T_n*
+        loss, parts = T(f, y)  # Alg. 1, line 4: minimize L_n(y, T_n(f)) on D to obtain T_n*
         parts["grad_norm"] = common.minimize(loss, optimizer, scaler)
 
-        due = (step + 1) % args.save_every == 0 or step + 1 == args.iters
-        log.add(step + 1, args.task, y, loss, parts, lr, due)
+        save = (step + 1) % args.save_every == 0 or step + 1 == args.iters
+        log.add(step + 1, args.task, y, loss, parts, lr, save)
 
         # --- save
-        if due:
-            common.save(out, step + 1, **state)
+        if save:
+            run.save(step + 1)
             if ranks.rank == 0:
-                path = out / f"{args.task}.safetensors"
-                heads.save(head, path, args.task, step=step + 1, **common.features_of(args))
-    if ranks.rank == 0:
-        print(f"{out / args.task}.safetensors: T* after {args.iters} steps")
+                header = dict(step=step + 1, **common.features_of(args))
+                heads.save(head, out / f"{args.task}.safetensors", args.task, **header)
+    log.say([f"{out / args.task}.safetensors: T* after {args.iters} steps"])
 
 
 if __name__ == "__main__":

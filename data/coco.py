@@ -3,8 +3,9 @@
     coco/annotations/instances_train2017.json
     coco/train2017/000000000009.jpg
 
-The sample at position p of a task's stream, augmentation included, depends on (seed, task, p) alone: not on workers, ranks,
-batches or restarts. So a resumed run continues by its position, and two processes read what one would have read.
+The sample at position p of a task's stream, augmentation included, depends on (seed, task, p) alone: not on
+workers, ranks, batches or restarts. So a resumed run goes on by its position, and two processes
+read what one would read.
 """
 
 import hashlib
@@ -27,7 +28,6 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 ANNOTATIONS = {"detection": "instances"}  # task -> which of COCO's annotation files
-IMAGENET_NORM = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # what the authors' release normalizes with
 
 
 class BadImage(ValueError):
@@ -38,8 +38,8 @@ class BadImage(ValueError):
 class Instances:
     """An instances_*.json as arrays: cheap to share with the workers.
 
-    ids (n,), names n file names, sizes (n, 2) as h, w; boxes_xyxy (N, 4) in pixels and labels (N,) in 0..C-1 of all images,
-    those of image i at first[i]:first[i + 1]; notes: what was left out and why, for the user
+    ids (n,), names n file names, sizes (n, 2) as h, w; boxes_xyxy (N, 4) in pixels and labels (N,) in 0..C-1
+    of all images, those of image i at first[i]:first[i + 1]; notes: what was left out and why, for the user
     """
 
     ids: np.ndarray
@@ -53,7 +53,7 @@ class Instances:
 
 
 def annotation_file(coco: str | Path, task: str, split: str) -> Path:
-    """Where COCO's layout has the annotations of a task. Raises FileNotFoundError, saying where to get them."""
+    """Where COCO's layout has a task's annotations. Raises FileNotFoundError, saying where to get them."""
     path = Path(coco) / "annotations" / f"{ANNOTATIONS[task]}_{split}.json"
     if not path.is_file():
         raise FileNotFoundError(
@@ -83,16 +83,20 @@ def read_instances(coco: str | Path, split: str) -> Instances:
     path = annotation_file(coco, "detection", split)
     content = read_json(path, ("images", "annotations", "categories"))
     try:
-        categories = [{"id": c["id"], "name": c["name"]} for c in sorted(content["categories"], key=lambda c: c["id"])]
+        categories = sorted(content["categories"], key=lambda c: c["id"])
+        categories = [{"id": c["id"], "name": c["name"]} for c in categories]
         label_of = {c["id"]: label for label, c in enumerate(categories)}  # COCO's 1..90 with gaps -> 0..79
         images = sorted(content["images"], key=lambda image: image["id"])
         row_of = {image["id"]: row for row, image in enumerate(images)}
         kept = [a for a in content["annotations"] if not a.get("iscrowd", 0)]
         for a in kept:
             if a["category_id"] not in label_of:
-                raise ValueError(f"{path}: annotation {a['id']}: category {a['category_id']} is not in its categories")
+                raise ValueError(f"{path}: annotation {a['id']}: unknown category id {a['category_id']}")
             if a["image_id"] not in row_of:
-                raise ValueError(f"{path}: annotation {a['id']}: image {a['image_id']} is not in its images")
+                raise ValueError(f"{path}: annotation {a['id']}: unknown image id {a['image_id']}")
+            box = a["bbox"]
+            if not (isinstance(box, list) and len(box) == 4 and all(isinstance(v, int | float) for v in box)):
+                raise ValueError(f"{path}: annotation {a['id']}: bbox must be [x, y, w, h], got {box}")
         sizes = np.array([(image["height"], image["width"]) for image in images], np.int32).reshape(-1, 2)
         row = np.array([row_of[a["image_id"]] for a in kept], np.int64)
         xywh = np.array([a["bbox"] for a in kept], np.float64).reshape(-1, 4)
@@ -101,7 +105,9 @@ def read_instances(coco: str | Path, split: str) -> Instances:
     on_disk = set(os.listdir(Path(coco) / split)) if (Path(coco) / split).is_dir() else set()
     absent = [image["file_name"] for image in images if image["file_name"] not in on_disk]
     if absent:
-        raise FileNotFoundError(f"{path}: {len(absent)} of {len(images)} images are not in {Path(coco) / split}: {absent[0]}")
+        raise FileNotFoundError(
+            f"{path}: {len(absent)} of {len(images)} images are not in {Path(coco) / split}: {absent[0]}"
+        )
 
     boxes = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], 1)
     limit = sizes[row][:, [1, 0, 1, 0]] if len(row) else boxes
@@ -120,15 +126,19 @@ def read_instances(coco: str | Path, split: str) -> Instances:
         categories=categories,
     )
     crowds = len(content["annotations"]) - len(kept)
-    data.notes.append(f"{path}: {len(images)} images, {usable.sum()} boxes, {crowds} crowd annotations left out")
+    data.notes.append(
+        f"{path}: {len(images)} images, {usable.sum()} boxes, {crowds} crowd annotations left out"
+    )
     if not usable.all():
         first = kept[int(np.argmin(usable))]
-        data.notes.append(f"{path}: {(~usable).sum()} boxes dropped (NaN or no area), the first of annotation {first['id']}")
+        data.notes.append(
+            f"{path}: {(~usable).sum()} boxes dropped (NaN or no area), the first of annotation {first['id']}"
+        )
     return data
 
 
 def read_ids(path: str | Path) -> set[int]:
-    """COCO image ids to keep out of training: a JSON list or lines of ids, or a Karpathy dataset_coco.json's test and val."""
+    """COCO image ids: a JSON list, lines, or the test and val images of a Karpathy dataset_coco.json."""
     text = Path(path).read_text()
     try:
         if Path(path).suffix != ".json":
@@ -138,16 +148,16 @@ def read_ids(path: str | Path) -> set[int]:
             return {int(image["cocoid"]) for image in content["images"] if image["split"] in ("test", "val")}
         return {int(i) for i in content}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: neither a list of image ids nor a Karpathy dataset_coco.json ({error})") from error
+        raise ValueError(f"{path}: neither image ids nor a Karpathy dataset_coco.json ({error})") from error
 
 
 def decode(path: Path, size: tuple[int, int]) -> Tensor:
-    """(3, h, w) uint8 RGB. Raises BadImage for a file that is truncated, unreadable or not of the annotated size."""
+    """(3, h, w) uint8 RGB. Raises BadImage for a file that is truncated, unreadable or not of that size."""
     try:
         with Image.open(path) as image:
             pixels = TF.pil_to_tensor(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError) as error:
-        raise BadImage(f"{path} cannot be decoded ({error}): restore it, or pass --skip-bad-images") from error
+        raise BadImage(f"{path} cannot be decoded ({error}): restore it, or use --skip-bad-images") from error
     if tuple(pixels.shape[1:]) != size:
         found, annotated = (f"{w} x {h}" for h, w in (pixels.shape[1:], size))
         raise BadImage(f"{path} is {found} pixels, its annotations say {annotated}")
@@ -155,8 +165,11 @@ def decode(path: Path, size: tuple[int, int]) -> Tensor:
 
 
 class DetectionAugmentation:
-    """The release's, which is DETR's with the long side at most 672 px: flip half of the images; crop half of them, each
-    side 384..600 px where the image has as much; resize the short side to 480..672. `scale` multiplies all the sizes."""
+    """The release's, which is DETR's with the long side at most 672 px.
+
+    Flip half of the images; crop half of them, each side 384..600 px where the image has as much; resize the
+    short side to 480..672. `scale` multiplies all these sizes.
+    """
 
     def __init__(self, scale: float = 1.0):
         def px(*sizes: int) -> list[int]:
@@ -182,39 +195,33 @@ def _randint(least: int, most: int) -> int:
     return int(torch.randint(least, most + 1, ()))
 
 
-class Detection(Dataset):
-    """dataset[p] -> image (3, h, w) normalized, target: the sample at position p of an endless stream.
+class CocoStream(Dataset):
+    """stream[p, patch] -> image (3, h, w) uint8, target: position p of an endless stream of one task.
 
-    target: image_id, size (h, w), orig_size, labels (n,) in 0..C-1, boxes_cxcywh (n, 4) in [0, 1] of size,
-    skipped: names of bad images passed over on the way (with skip_bad; else a bad image is returned as the error)
+    A subclass reads the annotations and turns one image into a sample. It sets: folder, ids (n,), names,
+    sizes (n, 2), categories, notes (what the user should know), annotations (arrays, for the fingerprint).
+    With skip_bad a bad image is passed over for the next one and named in target["skipped"]; else the stream
+    returns its error.
     """
 
-    task = "detection"
+    task: str
 
-    def __init__(
-        self, coco, norm, split="train2017", seed=0, scale=1.0, fraction=1.0, exclude=frozenset(), skip_bad=False
-    ):
-        self.data = read_instances(coco, split)
-        self.augment = DetectionAugmentation(scale)
-        self.folder, self.norm, self.seed, self.skip_bad = Path(coco) / split, norm, seed, skip_bad
-        rows = np.flatnonzero(~np.isin(self.data.ids, list(exclude)))
-        if len(rows) < len(self.data.ids):
-            self.data.notes.append(f"{len(self.data.ids) - len(rows)} images excluded")
+    def choose(self, seed: int, fraction: float, exclude: set[int], skip_bad: bool) -> None:
+        """Fix which images are used: a seeded part of those not excluded. Raises ValueError if none is."""
+        rows = np.flatnonzero(~np.isin(self.ids, list(exclude)))
+        if len(rows) < len(self.ids):
+            self.notes.append(f"{len(self.ids) - len(rows)} images excluded, {len(rows)} left")
         chosen = np.random.default_rng(seed).permutation(len(rows))[: round(fraction * len(rows))]  # Table 10
         self.rows = rows[np.sort(chosen)]
         if not len(self.rows):
-            raise ValueError(f"{self.folder}: no images left to train on (fraction {fraction}, {len(exclude)} excluded)")
-        self.epoch, self.order = -1, None
-
-    @property
-    def categories(self) -> list[dict]:
-        return self.data.categories
+            raise ValueError(f"{self.folder}: no image left (fraction {fraction}, {len(exclude)} excluded)")
+        self.seed, self.skip_bad, self.epoch = seed, skip_bad, -1
 
     @property
     def fingerprint(self) -> str:
         """Identifies the images and the annotations, wherever they lie."""
-        data = (self.data.ids[self.rows], self.data.boxes_xyxy, self.data.labels)
-        return hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in data)).hexdigest()[:16]
+        arrays = (self.ids[self.rows], *self.annotations)
+        return hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)).hexdigest()[:16]
 
     def row(self, position: int) -> int:
         """Every epoch is a permutation of its own."""
@@ -223,48 +230,73 @@ class Detection(Dataset):
             self.epoch, self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.rows)
         return int(self.order[i])
 
-    def __getitem__(self, position: int):
+    def __getitem__(self, index: tuple[int, int]):
+        position, patch = index
         skipped = []
         while True:
             row = self.row(position + len(skipped))
             try:
-                pixels = decode(self.folder / self.data.names[row], tuple(self.data.sizes[row].tolist()))
+                pixels = decode(self.folder / self.names[row], tuple(self.sizes[row].tolist()))
                 break
             except BadImage as error:
-                skipped.append(self.data.names[row])
+                skipped.append(self.names[row])
                 if not self.skip_bad or len(skipped) == len(self.rows):
                     return error
         key = hashlib.sha256(f"{self.seed} {self.task} {position}".encode()).digest()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int.from_bytes(key[:7], "little"))
-            return self.sample(pixels, row, skipped)
+            image, target = self.sample(tv_tensors.Image(pixels), row, patch)
+        known = {"image_id": int(self.ids[row]), "orig_size": tuple(pixels.shape[1:]), "skipped": skipped}
+        return image.as_subclass(Tensor), {**known, "size": tuple(image.shape[1:]), **target}
 
-    def sample(self, pixels: Tensor, row: int, skipped: list[str]) -> tuple[Tensor, dict]:
+
+class Detection(CocoStream):
+    """target: labels (n,) in 0..C-1 and boxes_cxcywh (n, 4) in [0, 1] of size."""
+
+    task = "detection"
+
+    def __init__(self, coco, split, seed=0, scale=1.0, fraction=1.0, exclude=frozenset(), skip_bad=False):
+        data = self.data = read_instances(coco, split)
+        self.folder, self.ids, self.names, self.sizes = Path(coco) / split, data.ids, data.names, data.sizes
+        self.categories, self.notes, self.annotations = (
+            data.categories,
+            data.notes,
+            (data.boxes_xyxy, data.labels),
+        )
+        self.augment = DetectionAugmentation(scale)
+        self.choose(seed, fraction, exclude, skip_bad)
+
+    def sample(self, image: tv_tensors.Image, row: int, patch: int) -> tuple[tv_tensors.Image, dict]:
         mine = slice(self.data.first[row], self.data.first[row + 1])
-        orig_size = tuple(pixels.shape[1:])
-        boxes = tv_tensors.BoundingBoxes(self.data.boxes_xyxy[mine], format="XYXY", canvas_size=orig_size)
-        image, boxes = self.augment(tv_tensors.Image(pixels), boxes)
+        boxes = self.data.boxes_xyxy[mine]
+        boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=tuple(image.shape[1:]))
+        image, boxes = self.augment(image, boxes)
         h, w = image.shape[1:]
+        boxes = boxes.as_subclass(Tensor)
         inside = (boxes[:, 2:] > boxes[:, :2]).all(1)  # the crop may have left some objects out
-        boxes_cxcywh = box_convert(boxes.as_subclass(Tensor)[inside], "xyxy", "cxcywh") / torch.tensor([w, h, w, h])
-        target = {
-            "image_id": int(self.data.ids[row]),
-            "size": (h, w),
-            "orig_size": orig_size,
+        boxes_cxcywh = box_convert(boxes[inside], "xyxy", "cxcywh") / torch.tensor([w, h, w, h])
+        return image, {
             "labels": torch.from_numpy(self.data.labels[mine])[inside],
             "boxes_cxcywh": boxes_cxcywh,
-            "skipped": skipped,
         }
-        return TF.normalize(TF.to_dtype(image.as_subclass(Tensor), scale=True), *self.norm), target
 
 
-DATASETS = {"detection": Detection}
+STREAMS = {"detection": Detection}
 
 
-def collate(samples: list, patch: int):
-    """Samples of any size -> images (B, 3, h, w) padded right and below to multiples of the patch, valid, y.
+def open_stream(task: str, args) -> CocoStream:
+    """A task's stream as the options of both stages describe it."""
+    exclude = read_ids(args.exclude_images) if args.exclude_images else set()
+    sizes = dict(scale=args.image_scale, fraction=args.data_fraction)
+    return STREAMS[task](
+        args.coco, args.split, args.seed, **sizes, exclude=exclude, skip_bad=args.skip_bad_images
+    )
 
-    valid: (B, h, w) bool, True on image; None when all images have one size, so that only part of a patch is padding
+
+def collate(samples: list, patch: int, mean, std):
+    """Samples of any size -> images (B, 3, h, w) normalized and padded to multiples of the patch, valid, y.
+
+    valid: (B, h, w) bool, True on image; None when all have one size: then no whole patch is padding
     The first bad image, if any, is handed on as the error it is.
     """
     for sample in samples:
@@ -275,26 +307,30 @@ def collate(samples: list, patch: int):
     images = torch.zeros(len(samples), 3, h, w)  # zero is the mean colour
     valid = torch.zeros(len(samples), h, w, dtype=torch.bool)
     for i, (image, _) in enumerate(samples):
+        image = TF.normalize(TF.to_dtype(image, scale=True), mean, std)
         images[i, :, : image.shape[1], : image.shape[2]] = image
         valid[i, : image.shape[1], : image.shape[2]] = True
     return images, None if len(set(sizes)) == 1 else valid, [target for _, target in samples]
 
 
-def batches(dataset: Dataset, batch: int, patch: int, rank=0, world=1, start=0, workers=0, pin=False) -> Iterator:
-    """The endless stream in batches, for this rank, from the start-th batch on; raises BadImage where one turns up."""
+def batches(stream: CocoStream, batch: int, backbone, ranks, start: int = 0, workers: int = 0) -> Iterator:
+    """images, valid, y of this rank's part of the stream, from its batch `start` on, without end.
+
+    backbone: for its patch, mean, std; ranks: for rank, world, device. Raises BadImage where one turns up.
+    """
 
     def positions():
-        first = (start * world + rank) * batch
+        first = (start * ranks.world + ranks.rank) * batch
         while True:
-            yield list(range(first, first + batch))
-            first += world * batch
+            yield [(position, backbone.patch) for position in range(first, first + batch)]
+            first += ranks.world * batch
 
     loader = DataLoader(
-        dataset,
+        stream,
         batch_sampler=positions(),
-        collate_fn=partial(collate, patch=patch),
+        collate_fn=partial(collate, patch=backbone.patch, mean=backbone.mean, std=backbone.std),
         num_workers=workers,
-        pin_memory=pin,
+        pin_memory=ranks.device.type == "cuda",
         worker_init_fn=_ignore_interrupt,
     )
     for item in loader:

@@ -1,4 +1,4 @@
-"""The in-domain task heads T_n by task name, and their files: safetensors with a JSON header that rebuilds the head.
+"""The in-domain task heads T_n by task name, and their files: safetensors with a JSON header to rebuild from.
 
 Every head is built as Head(dim, ...) with its arguments kept in `config`, and answers
     loss, parts = head.loss(f, y)     # scalar; detached scalars for the log
@@ -18,10 +18,11 @@ HEADS = {"detection": Detr}  # Table 1
 
 
 def save(head: nn.Module, path: str | Path, task: str, /, **header) -> None:
-    """Write the weights and what is needed to rebuild the head without its data set: task, sizes, categories."""
+    """Write the weights and what rebuilds the head without its data set: task, sizes, categories."""
     header = {"task": task, "config": head.config, **header}
     part = Path(f"{path}.tmp")
-    save_file({k: v.contiguous() for k, v in head.state_dict().items()}, part, metadata={"head": json.dumps(header)})
+    state = {name: value.contiguous() for name, value in head.state_dict().items()}
+    save_file(state, part, metadata={"head": json.dumps(header)})
     part.replace(path)
 
 
@@ -33,44 +34,45 @@ def read_header(path: str | Path) -> dict:
         with safe_open(path, "pt") as file:
             return json.loads((file.metadata() or {})["head"])
     except Exception as error:
-        raise ValueError(f"{path} is not a head file of this project ({type(error).__name__}: {error})") from error
+        raise ValueError(f"{path}: not one of our head files ({type(error).__name__}: {error})") from error
 
 
 def load(path: str | Path, dim: int) -> nn.Module:
     """A head in eval mode. Raises ValueError if it was made for features of another width than `dim`."""
     header = read_header(path)
     if header["config"]["dim"] != dim:
-        raise ValueError(f"{path} was made for a backbone of width {header['config']['dim']}, this one has {dim}")
+        raise ValueError(f"{path} was made for a backbone of width {header['config']['dim']}, not {dim}")
     head = HEADS[header["task"]](**header["config"])
     with safe_open(path, "pt") as file:
         head.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
     return head.eval()
 
 
-def find(places: list[str], task: str) -> Path:
-    """The file of a task's head among files and folders. Raises FileNotFoundError saying where it was looked for."""
+def find(places: list[str], task: str, features: dict) -> Path:
+    """The file of a task's head, among files and folders with TASK.safetensors or TASK/TASK.safetensors.
+
+    features: what it must have been trained on: backbone, no_cls, imagenet_norm
+    Raises FileNotFoundError saying where it looked, or ValueError if the head knows other features.
+    """
     looked = []
     for place in map(Path, places):
+        candidates = [place / f"{task}.safetensors", place / task / f"{task}.safetensors"]
         if place.is_file():
-            if read_header(place)["task"] == task:
-                return place
-            looked.append(place)
-            continue
-        looked += [place / f"{task}.safetensors", place / task / f"{task}.safetensors"]
-        for path in looked[-2:]:
-            if path.is_file():
-                return path
+            candidates = [place] if read_header(place)["task"] == task else []
+        looked += candidates
+        path = next((path for path in candidates if path.is_file()), None)
+        if path:
+            header = read_header(path)
+            wrong = [
+                f"{k} {header[k]}, not {now}" for k, now in features.items() if header.get(k, now) != now
+            ]
+            if wrong:
+                raise ValueError(f"{path} was trained with {'; '.join(wrong)}: both stages must agree")
+            return path
+    where = " or ".join(map(str, looked or places))
     raise FileNotFoundError(
-        f"no {task} head at {' or '.join(map(str, looked))}: train it with stage1_heads.py --task {task}, or name it in --heads"
+        f"no {task} head at {where}: stage1_heads.py --task {task} trains it; or see --heads"
     )
-
-
-def check_made_with(path: Path, features: dict) -> None:
-    """Raises ValueError if the head was trained on other features than these: backbone, no_cls, imagenet_norm."""
-    header = read_header(path)
-    wrong = [f"{k} {header[k]}, now {now}" for k, now in features.items() if header.get(k, now) != now]
-    if wrong:
-        raise ValueError(f"{path} was trained with {'; '.join(wrong)}: use the same options in both stages")
 
 
 def check_categories(head: nn.Module, categories: list[dict], path: Path) -> None:

@@ -1,7 +1,8 @@
 """Detection head: DETR on a frozen ViT's patch tokens (paper Sec. 3.2, 4.2; DETR, arXiv 2005.12872).
 
-Shaped as the authors built it: an encoder of width 128 that also reads one learned task token, whose output is added to
-its input; linear bridges 128 -> 256 for memory and positions; a decoder of width 256 with all six layers supervised.
+Shaped as the authors built it: an encoder of width 128 that also reads one learned task token, and whose
+output is added to its input; linear bridges 128 -> 256 for memory and positions; a decoder of width 256 with
+all six layers supervised.
 """
 
 import torch
@@ -17,7 +18,7 @@ class Detr(nn.Module):
     """100 queries -> class logits and boxes.
 
     dim: width D of the backbone
-    categories: the classes in the order of their labels, [{"id": 1, "name": "person"}, ...]; no-object comes after them
+    categories: [{"id": 1, "name": "person"}, ...] in the order of the labels; no-object comes after them
     """
 
     weight = {"class": 1.0, "l1": 5.0, "giou": 2.0}  # in the loss and in the matching; DETR's
@@ -27,7 +28,8 @@ class Detr(nn.Module):
         super().__init__()
         self.config = {"dim": dim, "categories": categories}
         self.num_classes = len(categories)
-        encoder, decoder, ffn, heads, queries, dropout = 128, 256, 1024, 8, 100, 0.1  # Sec. 4.2; dropout: release
+        encoder, decoder, ffn, heads, queries = 128, 256, 1024, 8, 100  # Sec. 4.2
+        dropout = 0.1  # the authors' release
         self.input_proj = nn.Conv2d(dim, encoder, kernel_size=1)
         self.task_token = nn.Parameter(torch.randn(encoder))
         self.encoder = nn.ModuleList(EncoderLayer(encoder, heads, ffn, dropout) for _ in range(6))
@@ -49,7 +51,7 @@ class Detr(nn.Module):
         return self.loss(f, y)
 
     def decode(self, f) -> tuple[Tensor, Tensor]:
-        """Features -> logits (L, B, Q, C + 1) and boxes_cxcywh (L, B, Q, 4) in [0, 1], L = 6 decoder layers."""
+        """Features -> logits (L, B, Q, C + 1), boxes_cxcywh (L, B, Q, 4) in [0, 1]; L = 6 decoder layers."""
         pos = sine_position(f.grid, f.valid, feats=64)  # (B or 1, N, 128), N = H * W
         padding = None if f.valid is None else ~f.valid.flatten(1)  # (B, N), True is padding
         x = self.input_proj(f.grid).flatten(2).transpose(1, 2)  # (B, N, 128)
@@ -71,11 +73,11 @@ class Detr(nn.Module):
         return self.class_embed(q), self.bbox_embed(q).sigmoid()
 
     def loss(self, f, y: list[dict]) -> tuple[Tensor, dict[str, Tensor]]:
-        """1. Match queries to targets at every level. 2. Supervise each matched pair, and the rest as no-object.
+        """1. Match queries to targets at every level. 2. Supervise the pairs, and the rest as no-object.
 
         y: B dicts with labels (n,) in 0..C-1 and boxes_cxcywh (n, 4) in [0, 1]
-        Returns the sum over the levels, and the last level's terms for the log. Sums over targets are divided by their
-        number, class weights by their sum, both averaged over the ranks.
+        Returns the sum over the levels, and the last level's terms for the log. Sums over targets are divided
+        by their number, class weights by their sum, both averaged over the ranks.
         """
         logits, boxes = self.decode(f)
         return self.criterion(logits, boxes, y)
@@ -114,9 +116,12 @@ class Detr(nn.Module):
         for b, t in enumerate(y):
             probabilities = logits[:, b].softmax(-1)[..., t["labels"]]  # (L, Q, n)
             l1 = torch.cdist(boxes[:, b], t["boxes_cxcywh"].expand(len(boxes), -1, -1), p=1)  # (L, Q, n)
-            corners = (box_convert(x, "cxcywh", "xyxy") for x in (boxes[:, b].flatten(0, 1), t["boxes_cxcywh"]))
+            corners = [
+                box_convert(x, "cxcywh", "xyxy") for x in (boxes[:, b].flatten(0, 1), t["boxes_cxcywh"])
+            ]
             giou = generalized_box_iou(*corners).view_as(l1)
-            costs.append(self.weight["l1"] * l1 - self.weight["class"] * probabilities - self.weight["giou"] * giou)
+            w = self.weight
+            costs.append(w["l1"] * l1 - w["class"] * probabilities - w["giou"] * giou)
         return costs
 
     @torch.no_grad()
@@ -124,7 +129,7 @@ class Detr(nn.Module):
         """The last level's answer for each image, best class of each query; no suppression is needed.
 
         y: B dicts with image_id and orig_size (h, w)
-        Returns B dicts: image_id, scores (Q,), labels (Q,) in 0..C-1, boxes_xyxy (Q, 4) in pixels of orig_size.
+        Returns B dicts: image_id, scores (Q,), labels (Q,) in 0..C-1, boxes_xyxy (Q, 4) in original pixels.
         """
         logits, boxes = self.decode(f)
         scores, labels = logits[-1].softmax(-1)[..., :-1].max(-1)  # (B, Q)

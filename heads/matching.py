@@ -25,12 +25,14 @@ class Matches(NamedTuple):
 def hungarian(costs: list[Tensor]) -> Matches:
     """The pairs of least total cost, for every image and level on its own.
 
-    costs: B tensors (L, Q, n), n the number of that image's targets. A NaN or infinite cost counts as very large, so that
-    a broken prediction reaches the loss, where it is reported, instead of failing here.
+    costs: B tensors (L, Q, n), n the number of that image's targets
+
+    A NaN or infinite cost counts as very large: a broken prediction reaches the loss and is reported there.
     Everything crosses to the host in one transfer, and back in one.
     """
     levels = costs[0].shape[0]
-    flat = np.nan_to_num(torch.cat([c.flatten() for c in costs]).cpu().numpy(), nan=1e9, posinf=1e9, neginf=-1e9)
+    flat = torch.cat([c.flatten() for c in costs]).cpu().numpy()
+    flat = np.nan_to_num(flat, nan=1e9, posinf=1e9, neginf=-1e9)
     pairs, begin, first_target = [[] for _ in range(levels)], 0, 0
     for image, cost in enumerate(costs):
         table = flat[begin : begin + cost.numel()].reshape(cost.shape)

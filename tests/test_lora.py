@@ -1,0 +1,241 @@
+"""LoRA against the materialized W + BA, peft, and the models that it is attached to."""
+
+import copy
+import json
+
+import open_clip
+import peft
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
+from transformers import Blip2VisionConfig, Blip2VisionModel, CLIPVisionConfig, CLIPVisionModel
+
+import backbone as vit
+import lora
+
+
+def fused_without_bias_parameters() -> nn.Module:
+    return timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=2)
+
+
+def post_norm_eva() -> nn.Module:
+    """EVA-ViT-E's kind of block."""
+    size = dict(embed_dim=64, depth=2, num_heads=4, mlp_ratio=2.0, num_classes=0)
+    return timm.create_model("eva02_enormous_patch14_clip_224", **size)
+
+
+def separate_projections() -> nn.Module:
+    """timm's EVA02 large style: q_proj, k_proj, v_proj."""
+    return timm.create_model("eva02_large_patch14_224", embed_dim=64, depth=2, num_heads=4, num_classes=0)
+
+
+class LastHidden(nn.Module):
+    def __init__(self, tower: nn.Module):
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, images):
+        return self.tower(images).last_hidden_state
+
+
+def blip2_tower() -> nn.Module:
+    size = dict(hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    return LastHidden(Blip2VisionModel(Blip2VisionConfig(**size, image_size=224, initializer_range=0.02)))
+
+
+def huggingface_clip_tower() -> nn.Module:
+    size = dict(hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    return LastHidden(CLIPVisionModel(CLIPVisionConfig(**size, image_size=224, patch_size=16)))
+
+
+MODELS = [
+    lambda: timm.create_model("eva_mini", num_classes=0, depth=2),
+    post_norm_eva,
+    fused_without_bias_parameters,
+    separate_projections,
+    blip2_tower,
+    huggingface_clip_tower,
+]
+IDS = ["eva_pre_norm", "eva_post_norm", "timm_vit", "q_proj_v_proj", "blip2", "hf_clip"]
+
+
+def randomize(model: nn.Module, std: float = 0.3) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for p in lora.parameters(model).values():
+        nn.init.normal_(p, std=std, generator=generator)
+
+
+@pytest.mark.parametrize("make", MODELS, ids=IDS)
+def test_identity_at_first_then_merged_equals_unmerged_and_unmerge_is_exact(make):
+    torch.manual_seed(0)
+    model, images = make().eval(), torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        plain = model(images)
+        lora.attach(model, rank=4)
+        assert torch.equal(model(images), plain)  # B = 0
+        randomize(model)
+        weights = {name: layer.weight.clone() for name, layer in lora.layers(model).items()}
+        for mode in (True, False):
+            model.train(mode)  # changes nothing
+            tuned = model(images)
+            assert (tuned - plain).abs().max() > 1e-3
+            lora.merge(model)
+            lora.merge(model)  # once is enough
+            torch.testing.assert_close(
+                model(images), tuned, atol=2e-5, rtol=1e-4
+            )  # fp32, other order of sums
+            lora.unmerge(model)
+            for name, layer in lora.layers(model).items():
+                assert torch.equal(layer.weight, weights[name])
+            assert torch.equal(model(images), tuned)
+
+
+def test_merge_changes_q_and_v_rows_only_and_by_the_scaled_product():
+    model = timm.create_model("eva_mini", num_classes=0, depth=1)
+    lora.attach(model, rank=8, alpha=2.0)
+    randomize(model)
+    layer = model.blocks[0].attn.qkv
+    before = layer.weight.clone()
+    lora.merge(model)
+    q, k, v = (layer.weight - before).chunk(3)
+    scale = 2.0 / 8
+    torch.testing.assert_close(q, scale * layer.lora_B[:192] @ layer.lora_A[:8], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(v, scale * layer.lora_B[192:] @ layer.lora_A[8:], atol=1e-6, rtol=1e-5)
+    assert not k.any()
+
+
+def test_gradients_equal_those_of_the_materialized_update():
+    torch.manual_seed(0)
+    model = timm.create_model("eva_mini", num_classes=0, depth=2).requires_grad_(False).double()
+    lora.attach(model, rank=4)
+    model.double()
+    randomize(model)
+    images = torch.randn(1, 3, 224, 224, dtype=torch.float64)
+    model(images).square().sum().backward()
+    ours = {name: p.grad.clone() for name, p in lora.parameters(model).items()}
+    model.zero_grad()
+
+    def materialized(layer, x):
+        q, v = (b @ a / 4 for a, b in zip(layer.lora_A.split(4), layer.lora_B.chunk(2), strict=True))
+        return F.linear(x, layer.weight + torch.cat([q, torch.zeros_like(q), v]), layer.bias)
+
+    for layer in lora.layers(model).values():
+        layer.forward = materialized.__get__(layer)
+    model(images).square().sum().backward()
+    for name, p in lora.parameters(model).items():
+        assert ours[name].abs().max() > 0
+        torch.testing.assert_close(ours[name], p.grad, atol=1e-9, rtol=1e-9)  # float64
+
+
+def test_agrees_with_peft_on_separate_layers():
+    torch.manual_seed(0)
+    ours = huggingface_clip_tower().eval()
+    theirs = copy.deepcopy(ours)
+    lora.attach(ours, rank=4, alpha=2.0)
+    randomize(ours)
+    config = peft.LoraConfig(r=4, lora_alpha=2.0, target_modules=["q_proj", "v_proj"])
+    theirs = peft.get_peft_model(theirs, config).eval()
+    for name, layer in lora.layers(ours).items():
+        other = theirs.base_model.model.get_submodule(name)
+        other.lora_A["default"].weight.data.copy_(layer.lora_A)
+        other.lora_B["default"].weight.data.copy_(layer.lora_B)
+    images = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), theirs(images), atol=1e-5, rtol=1e-5)
+
+
+def test_an_open_clip_tower_takes_it():
+    tower = open_clip.create_model("ViT-B-32", force_image_size=64).visual
+    with pytest.raises(ValueError, match="no attention"):
+        lora.attach(tower)  # open_clip's own ViT keeps q, k, v inside nn.MultiheadAttention
+    tower = open_clip.model.TimmModel("eva_mini", 64, pool="token", proj=None)
+    assert len(lora.layers(lora.attach(tower, rank=2))) == 6
+
+
+def test_only_lora_trains_and_the_first_block_gets_gradients():
+    backbone = vit.load("eva_mini", "random")
+    lora.attach(backbone.vit, rank=2)
+    backbone.recompute = True
+    randomize(backbone.vit)
+    backbone(torch.randn(1, 3, 56, 56)).grid.square().mean().backward()
+    trained = {n for n, p in backbone.named_parameters() if p.requires_grad}
+    assert trained == {f"vit.{name}" for name in lora.parameters(backbone.vit)} and len(trained) == 12
+    assert all(p.grad.abs().max() > 0 for p in lora.parameters(backbone.vit).values())
+
+
+def test_names_and_counts_are_the_releases():
+    """29,360,128 for EVA-ViT-E (Sec. 3.2: 29.4M), 14,417,920 for -G, rank 64."""
+    with torch.device("meta"):
+        for name, count, dim in (("eva_e", 29_360_128, 1792), ("eva_g", 14_417_920, 1408)):
+            model = lora.attach(vit.Backbone(name).vit, rank=64)
+            parameters = lora.parameters(model)
+            assert sum(p.numel() for p in parameters.values()) == count
+            assert parameters["blocks.0.attn.qkv.lora_A"].shape == (128, dim)
+            assert parameters["blocks.0.attn.qkv.lora_B"].shape == (2 * dim, 64)
+
+
+def test_frozen_bf16_weights_take_fp32_lora():
+    model = timm.create_model("eva_mini", num_classes=0, depth=1).to(torch.bfloat16)
+    lora.attach(model, rank=4)
+    randomize(model)
+    assert all(p.dtype == torch.float32 for p in lora.parameters(model).values())
+    images = torch.randn(1, 3, 224, 224, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = model(images)
+    torch.testing.assert_close(model(images).float(), under_autocast.float(), atol=0.1, rtol=0.1)  # bf16
+
+
+def test_a_file_carries_rank_alpha_and_origin(tmp_path):
+    make = lambda: timm.create_model("eva_mini", num_classes=0, depth=2)  # noqa: E731
+    torch.manual_seed(0)
+    model = make()
+    other = copy.deepcopy(model)
+    lora.attach(model, rank=4, alpha=4.0)
+    randomize(model)
+    path = tmp_path / "lora.safetensors"
+    lora.save(model, path, backbone="eva_mini", step=7)
+    header = lora.load(other, path)
+    assert header == {"rank": 4, "alpha": 4.0, "targets": ["qkv"], "backbone": "eva_mini", "step": 7}
+    images = torch.randn(1, 3, 224, 224)
+    assert torch.equal(model(images), other(images))
+    assert sorted(load_file(path)) == sorted(lora.parameters(model)) and len(load_file(path)) == 4
+    assert json.dumps(header)
+
+
+def test_what_does_not_fit_is_refused_and_listed(tmp_path):
+    small, large = (timm.create_model("eva_mini", num_classes=0, depth=d) for d in (1, 2))
+    lora.attach(small, rank=4)
+    path = tmp_path / "lora.safetensors"
+    lora.save(small, path)
+    with pytest.raises(ValueError, match="missing blocks.1.attn.qkv.lora_A"):
+        lora.load(large, path)
+    with pytest.raises(ValueError, match=r"\(4, 1.0\).*\(8, 1.0\)"):
+        lora.load(lora.attach(timm.create_model("eva_mini", num_classes=0, depth=1), rank=8), path)
+    wide = timm.create_model("eva_mini", num_classes=0, depth=1, embed_dim=96)
+    with pytest.raises(ValueError, match=r"\(8, 192\), expected \(8, 96\)"):
+        lora.load(wide, path)
+    with pytest.raises(ValueError, match="attached already"):
+        lora.attach(small)
+    with pytest.raises(ValueError, match="unmerge"):
+        lora.load(lora.merge(small), path)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        lora.load(small, tmp_path / "nowhere.safetensors")
+    (tmp_path / "junk.safetensors").write_bytes(b"not a tensor file")
+    with pytest.raises(ValueError, match="junk"):
+        lora.load(small, tmp_path / "junk.safetensors")
+
+
+def test_an_attention_that_bypasses_its_linear_is_refused():
+    class Bypassing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv = nn.Linear(8, 24)
+
+        def forward(self, x):
+            return F.linear(x, torch.ones(24, 8))
+
+    with pytest.raises(ValueError, match="bypasses"):
+        lora.attach(Bypassing(), rank=2)

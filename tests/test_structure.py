@@ -1,0 +1,46 @@
+"""Who may import whom (scripts never each other, leaves nothing of ours), and what the files must not contain."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = [p for p in ROOT.rglob("*.py") if not {".venv", "out"} & set(p.relative_to(ROOT).parts)]
+OURS = {p.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for p in SOURCES}
+LEAVES = {"backbone", "lora", "common", "heads.matching", "heads.transformer"}
+
+
+def imports(module: str) -> set[str]:
+    """The project's modules that a module imports by name."""
+    tree, names = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text()), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name.removesuffix(".__init__") for name in names} & (OURS | {"heads", "data"})
+
+
+def is_script(module: str) -> bool:
+    path = ROOT / f"{module}.py"
+    return path.is_file() and '__name__ == "__main__"' in path.read_text()
+
+
+def test_imports_go_one_way():
+    scripts = {module for module in OURS if "." not in module and is_script(module)}
+    assert {"stage1_heads", "stage2_lora"} <= scripts
+    for module in OURS:
+        found = imports(module)
+        if module in LEAVES or module.startswith("data."):
+            assert not found, f"{module} is a leaf, but imports {found}"
+        elif module.startswith("heads."):
+            assert all(name.startswith("heads") for name in found), f"{module} imports {found}"
+        elif "." not in module:
+            assert not found & scripts - {module}, f"{module} imports the script {found & scripts}"
+
+
+def test_paper_lines_can_be_found():
+    """Algorithm 1 has lines 1-4 to find, Algorithm 2 lines 1-5 (the last line of each is `end for`)."""
+    for script, algorithm, lines in (("stage1_heads.py", 1, 4), ("stage2_lora.py", 2, 5)):
+        text = (ROOT / script).read_text()
+        at = [text.index(f"Alg. {algorithm}, line {line}") for line in range(1, lines + 1)]
+        assert at[0] < at[1] and at[2:] == sorted(at[2:])
