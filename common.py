@@ -108,7 +108,7 @@ class Ranks:
     dtype: torch.dtype
 
     def seed(self, seed: int, step: int) -> None:
-        """What follows depends on these alone. To be called after fetching data: a new loader draws a number."""
+        """What follows depends on these alone. Call it after fetching data: a new loader draws numbers."""
         torch.manual_seed((seed << 40) + step * self.world + self.rank)
 
     def autocast(self) -> torch.autocast:
@@ -345,8 +345,8 @@ class Log:
             if anywhere:
                 where = f"images {images}" if here else "on another rank"
                 raise FloatingPointError(
-                    f"loss or gradient not finite at step {at}, task {task_at}, {where}. The last checkpoint is "
-                    "good: lower --lr"
+                    f"loss or gradient not finite at step {at}, task {task_at}, {where}. The last "
+                    "checkpoint is good: lower --lr"
                 )
         means, remaining = {}, iter(sums)
         for _, task_at, _, names, _ in self.pending:

@@ -1,4 +1,4 @@
-"""Who may import whom (scripts never each other, leaves nothing of ours), and what the files must not contain."""
+"""Who may import whom: scripts never each other, leaves nothing of ours."""
 
 import ast
 from pathlib import Path
