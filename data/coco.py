@@ -1,7 +1,8 @@
 """COCO 2017 as training streams: `for images, valid, y in batches(dataset, ...)`.
 
-    coco/annotations/instances_train2017.json
+    coco/annotations/instances_train2017.json, panoptic_train2017.json
     coco/train2017/000000000009.jpg
+    coco/annotations/panoptic_train2017/000000000009.png
 
 The sample at position p of a task's stream, augmentation included, depends on (seed, task, p) alone: not on
 workers, ranks, batches or restarts. So a resumed run goes on by its position, and two processes
@@ -20,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from pycocotools import mask as rle
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
@@ -27,7 +29,7 @@ from torchvision.ops import box_convert
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-ANNOTATIONS = {"detection": "instances"}  # task -> which of COCO's annotation files
+ANNOTATIONS = {"detection": "instances", "segmentation": "instances", "panoptic": "panoptic"}  # of which file
 
 
 class BadImage(ValueError):
@@ -36,10 +38,12 @@ class BadImage(ValueError):
 
 @dataclass
 class Instances:
-    """An instances_*.json as arrays: cheap to share with the workers.
+    """An instances_*.json, or a panoptic_*.json, as arrays: cheap to share with the workers.
 
     ids (n,), names n file names, sizes (n, 2) as h, w; boxes_xyxy (N, 4) in pixels and labels (N,) in 0..C-1
-    of all images, those of image i at first[i]:first[i + 1]; notes: what was left out and why, for the user
+    of all images, those of image i at first[i]:first[i + 1]; notes: what was left out and why, for the user;
+    outlines: their `segmentation`s as JSON in one buffer, that of annotation k at ends[k]:ends[k + 1];
+    segments (N,): panoptic segment ids
     """
 
     ids: np.ndarray
@@ -50,15 +54,19 @@ class Instances:
     first: np.ndarray
     categories: list[dict]
     notes: list[str] = field(default_factory=list)
+    outlines: np.ndarray | None = None
+    ends: np.ndarray | None = None
+    segments: np.ndarray | None = None
 
 
 def annotation_file(coco: str | Path, task: str, split: str) -> Path:
     """Where COCO's layout has a task's annotations. Raises FileNotFoundError, saying where to get them."""
     path = Path(coco) / "annotations" / f"{ANNOTATIONS[task]}_{split}.json"
+    archive = f"{'panoptic_' * (task == 'panoptic')}annotations_trainval2017.zip"
     if not path.is_file():
         raise FileNotFoundError(
-            f"--coco {coco}: no {path}; unpack {split}.zip and annotations_trainval2017.zip "
-            "of https://cocodataset.org/#download there"
+            f"--coco {coco}: no {path}; unpack {split}.zip and {archive} of "
+            "https://cocodataset.org/#download there"
         )
     return path
 
@@ -75,10 +83,11 @@ def read_json(path: Path, needed: tuple[str, ...]) -> dict:
     return content
 
 
-def read_instances(coco: str | Path, split: str) -> Instances:
-    """Boxes and classes for training: crowds left out, unusable boxes left out with a count.
+def read_instances(coco: str | Path, split: str, masks: bool = False) -> Instances:
+    """Boxes, classes and, if asked for, masks: crowds left out, unusable annotations left out with a count.
 
-    Raises ValueError for an annotation with an unknown image or category, or an image that is not on disk.
+    Raises ValueError for an annotation with an unknown image or category, or a mask of another image's size;
+    FileNotFoundError for an image that is not on disk.
     """
     path = annotation_file(coco, "detection", split)
     content = read_json(path, ("images", "annotations", "categories"))
@@ -102,18 +111,15 @@ def read_instances(coco: str | Path, split: str) -> Instances:
         xywh = np.array([a["bbox"] for a in kept], np.float64).reshape(-1, 4)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a COCO instances file: {type(error).__name__}: {error}") from error
-    on_disk = set(os.listdir(Path(coco) / split)) if (Path(coco) / split).is_dir() else set()
-    absent = [image["file_name"] for image in images if image["file_name"] not in on_disk]
-    if absent:
-        raise FileNotFoundError(
-            f"{path}: {len(absent)} of {len(images)} images are not in {Path(coco) / split}: {absent[0]}"
-        )
+    check_on_disk(path, Path(coco) / split, [image["file_name"] for image in images])
 
     boxes = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], 1)
     limit = sizes[row][:, [1, 0, 1, 0]] if len(row) else boxes
     usable = np.isfinite(xywh).all(1) & (xywh[:, 2:] > 0).all(1)
     boxes = np.clip(np.nan_to_num(boxes), 0, limit)
     usable &= (boxes[:, 2:] > boxes[:, :2]).all(1)  # a box beside its image has no area in it
+    if masks:
+        usable &= [has_mask(a, tuple(sizes[i].tolist()), path) for a, i in zip(kept, row, strict=True)]
     order = np.argsort(row[usable], kind="stable")
     labels = np.array([label_of[a["category_id"]] for a in kept], np.int64)
     data = Instances(
@@ -125,6 +131,11 @@ def read_instances(coco: str | Path, split: str) -> Instances:
         first=np.searchsorted(row[usable][order], np.arange(len(images) + 1)),
         categories=categories,
     )
+    if masks:
+        outlines = [json.dumps(a["segmentation"]).encode() for a, u in zip(kept, usable, strict=True) if u]
+        outlines = [outlines[i] for i in order]
+        data.outlines = np.frombuffer(b"".join(outlines), np.uint8)
+        data.ends = np.cumsum([0, *map(len, outlines)])
     crowds = len(content["annotations"]) - len(kept)
     data.notes.append(
         f"{path}: {len(images)} images, {usable.sum()} boxes, {crowds} crowd annotations left out"
@@ -132,8 +143,67 @@ def read_instances(coco: str | Path, split: str) -> Instances:
     if not usable.all():
         first = kept[int(np.argmin(usable))]
         data.notes.append(
-            f"{path}: {(~usable).sum()} boxes dropped (NaN or no area), the first of annotation {first['id']}"
+            f"{path}: {(~usable).sum()} unusable annotations dropped (NaN, no area, no mask), "
+            f"the first {first['id']} of image {first['image_id']}"
         )
+    return data
+
+
+def check_on_disk(path: Path, folder: Path, names: list[str]) -> None:
+    """Raises FileNotFoundError if files that the annotations in `path` speak of are not in the folder."""
+    found = set(os.listdir(folder)) if folder.is_dir() else set()
+    absent = [name for name in names if name not in found]
+    if absent:
+        raise FileNotFoundError(f"{path}: {len(absent)} of {len(names)} images not in {folder}: {absent[0]}")
+
+
+def has_mask(annotation: dict, size: tuple[int, int], path: Path) -> bool:
+    """Whether it has polygons of three points or more, or an RLE. Raises ValueError for a wrong RLE size."""
+    outline = annotation.get("segmentation")
+    if isinstance(outline, dict):
+        if tuple(outline["size"]) != size:
+            where = f"{path}: annotation {annotation['id']} of image {annotation['image_id']}"
+            raise ValueError(f"{where}: its RLE is for {outline['size']}, the image is {list(size)} (h, w)")
+        return True
+    return bool(outline) and all(len(polygon) >= 6 for polygon in outline)
+
+
+def read_panoptic(coco: str | Path, split: str) -> Instances:
+    """The segments of panoptic_*.json, things and stuff: crowds left out. Raises as read_instances does."""
+    path = annotation_file(coco, "panoptic", split)
+    content = read_json(path, ("images", "annotations", "categories"))
+    try:
+        categories = sorted(content["categories"], key=lambda c: c["id"])
+        categories = [{"id": c["id"], "name": c["name"], "isthing": bool(c["isthing"])} for c in categories]
+        label_of = {c["id"]: label for label, c in enumerate(categories)}
+        images = {image["id"]: image for image in content["images"]}
+        annotations = sorted(content["annotations"], key=lambda a: a["image_id"])
+        pictures = [images[a["image_id"]] for a in annotations]
+        kept = [[s for s in a["segments_info"] if not s.get("iscrowd", 0)] for a in annotations]
+        for a, segments in zip(annotations, kept, strict=True):
+            for s in segments:
+                if s["category_id"] not in label_of:
+                    where = f"{path}: image {a['image_id']}: segment {s['id']}"
+                    raise ValueError(f"{where}: unknown category id {s['category_id']}")
+        data = Instances(
+            ids=np.array([image["id"] for image in pictures], np.int64),
+            names=[image["file_name"] for image in pictures],
+            sizes=np.array([(image["height"], image["width"]) for image in pictures], np.int32).reshape(
+                -1, 2
+            ),
+            boxes_xyxy=np.zeros((0, 4), np.float32),
+            labels=np.array([label_of[s["category_id"]] for segments in kept for s in segments], np.int64),
+            first=np.cumsum([0, *map(len, kept)]),
+            categories=categories,
+            segments=np.array([s["id"] for segments in kept for s in segments], np.int64),
+        )
+        maps = [a["file_name"] for a in annotations]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a COCO panoptic file: {type(error).__name__}: {error}") from error
+    check_on_disk(path, Path(coco) / split, data.names)
+    check_on_disk(path, path.with_suffix(""), maps)
+    crowds = sum(len(a["segments_info"]) for a in annotations) - len(data.labels)
+    data.notes.append(f"{path}: {len(maps)} images, {len(data.labels)} segments, {crowds} crowds left out")
     return data
 
 
@@ -232,20 +302,20 @@ class CocoStream(Dataset):
 
     def __getitem__(self, index: tuple[int, int]):
         position, patch = index
+        key = hashlib.sha256(f"{self.seed} {self.task} {position}".encode()).digest()
         skipped = []
         while True:
             row = self.row(position + len(skipped))
             try:
-                pixels = decode(self.folder / self.names[row], tuple(self.sizes[row].tolist()))
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(int.from_bytes(key[:7], "little"))
+                    pixels = decode(self.folder / self.names[row], tuple(self.sizes[row].tolist()))
+                    image, target = self.sample(tv_tensors.Image(pixels), row, patch)
                 break
             except BadImage as error:
                 skipped.append(self.names[row])
                 if not self.skip_bad or len(skipped) == len(self.rows):
                     return error
-        key = hashlib.sha256(f"{self.seed} {self.task} {position}".encode()).digest()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int.from_bytes(key[:7], "little"))
-            image, target = self.sample(tv_tensors.Image(pixels), row, patch)
         known = {"image_id": int(self.ids[row]), "orig_size": tuple(pixels.shape[1:]), "skipped": skipped}
         return image.as_subclass(Tensor), {**known, "size": tuple(image.shape[1:]), **target}
 
@@ -281,7 +351,112 @@ class Detection(CocoStream):
         }
 
 
-STREAMS = {"detection": Detection}
+@dataclass
+class Jitter:
+    """Large-scale jitter, as Mask2Former: flip half of the images, resize to 0.1..2 times what fits a
+    square, crop to the square. Padding to the full square is left out: it would be masked everywhere.
+
+    rows, columns: for each pixel of the result, the source pixel that lies under its centre
+    """
+
+    rows: np.ndarray
+    columns: np.ndarray
+    size: tuple[int, int]  # of the whole image after the resize
+    corner: tuple[int, int]  # top, left of the crop
+    flip: bool
+
+    @classmethod
+    def draw(cls, height: int, width: int, side: int) -> "Jitter":
+        scale = float(torch.empty(()).uniform_(0.1, 2.0)) * side / max(height, width)
+        size = tuple(max(1, round(scale * s)) for s in (height, width))
+        corner = tuple(_randint(0, max(0, s - side)) for s in size)
+        rows, columns = (
+            ((np.arange(min(side, s)) + c + 0.5) * full / s).astype(np.int64).clip(max=full - 1)
+            for s, c, full in zip(size, corner, (height, width), strict=True)
+        )
+        flip = bool(torch.rand(()) < 0.5)
+        return cls(rows, width - 1 - columns if flip else columns, size, corner, flip)
+
+    def image(self, image: Tensor) -> Tensor:
+        image = TF.horizontal_flip(image) if self.flip else image
+        image = TF.resize(image, list(self.size), antialias=True)
+        return TF.crop(image, *self.corner, len(self.rows), len(self.columns))
+
+    def map(self, mask: np.ndarray) -> np.ndarray:
+        """The same of a mask or a map of ids, (height, width), by nearest neighbour."""
+        return mask[self.rows[:, None], self.columns]
+
+
+class Segmentation(CocoStream):
+    """target: labels (n,) in 0..C-1 and masks (n, h, w) bool."""
+
+    task = "segmentation"
+    side = 1024  # the release's square, which it cuts to 1022 = 73 patches of 14
+
+    def __init__(self, coco, split, seed=0, scale=1.0, fraction=1.0, exclude=frozenset(), skip_bad=False):
+        data = self.data = self.read(coco, split)
+        self.folder, self.ids, self.names, self.sizes = Path(coco) / split, data.ids, data.names, data.sizes
+        self.categories, self.notes = data.categories, data.notes
+        self.scale = scale
+        self.choose(seed, fraction, exclude, skip_bad)
+
+    def read(self, coco, split) -> Instances:
+        data = read_instances(coco, split, masks=True)
+        self.annotations = (data.labels, data.outlines)
+        return data
+
+    def sample(self, image: tv_tensors.Image, row: int, patch: int) -> tuple[Tensor, dict]:
+        side = max(1, round(self.scale * self.side) // patch) * patch
+        jitter = Jitter.draw(*image.shape[1:], side)
+        labels = self.data.labels[self.data.first[row] : self.data.first[row + 1]]
+        masks = np.zeros((len(labels), len(jitter.rows), len(jitter.columns)), bool)
+        inside = np.zeros(len(labels), bool)
+        for i, source in enumerate(self.masks(row)):  # one at a time, and in place: they are large
+            mask = masks[inside.sum()]
+            mask[:] = jitter.map(source)
+            inside[i] = mask.any()  # else the crop has left the object out
+        target = {
+            "labels": torch.from_numpy(labels[inside]),
+            "masks": torch.from_numpy(masks[: inside.sum()]),
+        }
+        return jitter.image(image.as_subclass(Tensor)), target
+
+    def masks(self, row: int) -> Iterator[np.ndarray]:
+        """The masks of an image's annotations, (h, w) uint8."""
+        h, w = self.sizes[row].tolist()
+        for k in range(self.data.first[row], self.data.first[row + 1]):
+            outline = json.loads(bytes(self.data.outlines[self.data.ends[k] : self.data.ends[k + 1]]))
+            codes = rle.frPyObjects(outline, h, w) if isinstance(outline, list) else outline
+            if isinstance(codes, dict) and isinstance(codes["counts"], list):
+                codes = rle.frPyObjects(codes, h, w)
+            yield rle.decode(rle.merge(codes) if isinstance(codes, list) else codes)
+
+
+class Panoptic(Segmentation):
+    """The same of things and stuff together: every segment of the panoptic PNG is a target."""
+
+    task = "panoptic"
+
+    def read(self, coco, split) -> Instances:
+        data = read_panoptic(coco, split)
+        self.annotations, self.maps = (
+            (data.labels, data.segments),
+            annotation_file(coco, "panoptic", split).with_suffix(""),
+        )
+        return data
+
+    def masks(self, row: int) -> Iterator[np.ndarray]:
+        path = (self.maps / self.names[row]).with_suffix(".png")
+        red, green, blue = decode(path, tuple(self.sizes[row].tolist())).numpy().astype(np.int64)
+        ids = red + 256 * green + 256**2 * blue
+        segments = self.data.segments[self.data.first[row] : self.data.first[row + 1]]
+        lost = segments[~np.isin(segments, ids)]
+        if len(lost):
+            raise BadImage(f"{path}: image {self.ids[row]}: no pixel has the id of segment {lost[0]}")
+        return (ids == segment for segment in segments)
+
+
+STREAMS = {"detection": Detection, "segmentation": Segmentation, "panoptic": Panoptic}
 
 
 def open_stream(task: str, args) -> CocoStream:
@@ -306,10 +481,11 @@ def collate(samples: list, patch: int, mean, std):
     h, w = (-(-max(side) // patch) * patch for side in zip(*sizes, strict=True))
     images = torch.zeros(len(samples), 3, h, w)  # zero is the mean colour
     valid = torch.zeros(len(samples), h, w, dtype=torch.bool)
-    for i, (image, _) in enumerate(samples):
+    for i, (image, target) in enumerate(samples):
         image = TF.normalize(TF.to_dtype(image, scale=True), mean, std)
         images[i, :, : image.shape[1], : image.shape[2]] = image
         valid[i, : image.shape[1], : image.shape[2]] = True
+        target["padded_size"] = (h, w)
     return images, None if len(set(sizes)) == 1 else valid, [target for _, target in samples]
 
 
