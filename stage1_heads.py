@@ -19,7 +19,8 @@ import common
 import heads
 from data import coco
 
-PAPER = {"detection": {"iters": 150_000, "batch": 1, "lr": 5e-5}}  # Sec. 4.2; the batch is per GPU, of 8
+# Sec. 4.2; the batch is per GPU, of 8
+PAPER = dict.fromkeys(("detection", "segmentation", "panoptic"), {"iters": 150_000, "batch": 1, "lr": 5e-5})
 
 
 def main() -> None:

@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from heads.detr import Detr
+from heads.mask2former import Mask2Former
 
-HEADS = {"detection": Detr}  # Table 1
+HEADS = {"detection": Detr, "segmentation": Mask2Former, "panoptic": Mask2Former}  # Table 1
 
 
 def save(head: nn.Module, path: str | Path, task: str, /, **header) -> None:

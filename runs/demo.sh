@@ -14,9 +14,9 @@ python demo/world.py "$OUT/coco" --train 64 --val 16
 python stage1_heads.py --task detection "${COMMON[@]}" --iters 200 --batch 2 --lr 3e-4 --out "$OUT/detection"
 python stage2_lora.py --tasks detection --heads "$OUT" "${COMMON[@]}" --iters 100 --batch 2 --lr 1e-3 --out "$OUT/visft"
 
-echo "stage 1, loss by step:" && python -c "$(printf '%s\n' \
-    'import json, sys' \
-    'for path in sys.argv[1:]:' \
-    '    for row in map(json.loads, open(path)):' \
-    '        print(f"{path:32s} {row[\"step\"]:5d} {row[\"detection/loss\"]:8.2f}")')" \
-    "$OUT/detection/log.jsonl" "$OUT/visft/log.jsonl"
+python - "$OUT/detection/log.jsonl" "$OUT/visft/log.jsonl" <<'END'
+import json, sys
+for path in sys.argv[1:]:
+    for row in map(json.loads, open(path)):
+        print(f"{path}  step {row['step']:4d}  loss {row['detection/loss']:6.2f}")
+END
