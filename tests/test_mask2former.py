@@ -402,7 +402,7 @@ def test_masks_and_grid_meet_to_the_pixel(head):
 
 @pytest.fixture
 def two_threads():
-    """With one, torch computes the gradients of 1 x 1 convolutions in another way, which hides their layout."""
+    """With one, torch computes gradients of 1 x 1 convolutions in another way, which hides their layout."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
