@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Both stages on made-up scenes with a small random EVA-ViT: about two minutes on two cores, nothing downloaded.
+# Both stages on made-up scenes with a small random EVA-ViT: some three minutes on two cores, nothing downloaded.
 # It shows that everything runs and that the losses fall; a random backbone has no fine-grained knowledge to unleash.
 set -euo pipefail
 cd "$(dirname "$0")/.."
