@@ -27,6 +27,8 @@ TIMM_NAMES = {  # ours -> timm's
 
 IMAGENET_NORM = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean, std: what the authors' release uses
 
+OPEN_CLIP = "visual.trunk."  # where open_clip keeps a timm tower
+
 default_cfgs = generate_default_cfgs({"eva_mini": _cfg(num_classes=0)})
 
 
@@ -163,7 +165,8 @@ class Backbone(nn.Module):
 def load(name: str, weights: str, dtype=torch.float32, device="cpu", seed: int = 0, use_cls=True) -> Backbone:
     """A frozen Backbone with its weights.
 
-    weights: a file with timm's names (safetensors or torch), `pretrained` (timm's), `random` (from `seed`)
+    weights: a file with timm's names or a whole open_clip model with a timm tower (safetensors or torch),
+        `pretrained` (timm's), `random` (from `seed`)
     dtype: how the frozen weights are stored
     Raises FileNotFoundError, or ValueError naming weights that are missing, unexpected or of another shape.
     """
@@ -174,6 +177,8 @@ def load(name: str, weights: str, dtype=torch.float32, device="cpu", seed: int =
         return backbone.to(device=device, dtype=dtype)
 
     state = _read(Path(weights))
+    if any(k.startswith(OPEN_CLIP) for k in state):  # a whole CLIP model: M is its vision tower
+        state = {k.removeprefix(OPEN_CLIP): v for k, v in state.items() if k.startswith(OPEN_CLIP)}
     with torch.device("meta"):
         backbone = Backbone(name, use_cls)
     vit = backbone.vit

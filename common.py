@@ -80,14 +80,18 @@ def check_training_options(args: argparse.Namespace) -> None:
     if not 0 < args.image_scale <= 2:
         raise ValueError(f"--image-scale must be in (0, 2], got {args.image_scale}")
     args.weights = args.weights or f"weights/{args.model}.safetensors"
-    if args.weights not in ("random", "pretrained") and not Path(args.weights).is_file():
-        raise FileNotFoundError(
-            f"no backbone weights at {args.weights}: pass --weights FILE, or `pretrained` (timm downloads)"
-        )
+    check_weights(args.weights)
     if args.exclude_images and not Path(args.exclude_images).is_file():
         raise FileNotFoundError(f"--exclude-images {args.exclude_images}: no such file")
     if not args.resume and (Path(args.out) / "last.pt").exists():
         raise ValueError(f"--out {args.out} holds a run: pass --resume to go on with it, or another --out")
+
+
+def check_weights(weights: str) -> None:
+    if weights not in ("random", "pretrained") and not Path(weights).is_file():
+        raise FileNotFoundError(
+            f"no backbone weights at {weights}: pass --weights FILE, or `pretrained` (timm downloads)"
+        )
 
 
 def features_of(args: argparse.Namespace) -> dict:
@@ -133,14 +137,21 @@ def start(args: argparse.Namespace) -> Ranks:
         dtype = half if cuda else "fp32"
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), device, DTYPES[dtype])
     if ranks.rank == 0:
-        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-        print(shlex.join(sys.argv), f"| commit {commit or 'unknown'}")
-        modules = (torch, torchvision, timm, fairscale)
-        print("python", platform.python_version(), *(f"{m.__name__} {m.__version__}" for m in modules))
+        told = provenance()
+        print(told["command"], f"| commit {told['commit']}")
+        print(*(f"{name} {version}" for name, version in told["versions"].items()))
         print(f"{ranks.world} x {torch.cuda.get_device_name(device) if cuda else 'cpu'}, backbone in {dtype}")
         print(" ".join(f"{k}={v}" for k, v in vars(args).items()), flush=True)
     return ranks
+
+
+def provenance() -> dict:
+    """What a result depends on beside its options: the command, this code's commit, versions."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    versions = {m.__name__: m.__version__ for m in (torch, torchvision, timm, fairscale)}
+    versions = {"python": platform.python_version(), **versions}
+    return {"command": shlex.join(sys.argv), "commit": commit or "unknown", "versions": versions}
 
 
 def launch(main) -> None:

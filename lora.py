@@ -4,6 +4,7 @@
     lora.save(vit, "lora.safetensors", step=5000)
     lora.load(vit, "lora.safetensors")   # attaches if need be
     lora.merge(vit); lora.unmerge(vit)   # W <- W + (alpha / rank) B A, and back, bit for bit
+    lora.switch(vit, on=False)           # h = W x for a while: before and after with one set of weights
 
 It works from outside, on timm's EVA and plain ViTs, open_clip's towers and transformers' BLIP-2 vision model:
 wherever attention has one fused `qkv` Linear, or separate `q_proj` and `v_proj`. Names, row order (q, then v)
@@ -39,10 +40,11 @@ class LoRALinear(nn.Linear):
         self.lora_B = nn.Parameter(torch.zeros(n * rows, rank, **new))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # U(+-1 / sqrt(D)), as LoRA's authors
         self.kept: Tensor | None = None  # the weight before merge()
+        self.on = True
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.linear(x, self.weight, self.bias)  # (..., D_out)
-        if self.kept is not None:
+        if self.kept is not None or not self.on:
             return h
         a = F.linear(x, self.lora_A.to(x.dtype)) * (self.alpha / self.rank)  # (..., n r)
         B = self.lora_B.to(x.dtype).chunk(len(self.updated))
@@ -197,4 +199,13 @@ def unmerge(model: nn.Module) -> nn.Module:
         if layer.kept is not None:
             layer.weight.copy_(layer.kept)
             layer.kept = None
+    return model
+
+
+def switch(model: nn.Module, on: bool) -> nn.Module:
+    """Leave the updates out of the computation, or put them back in. Raises ValueError if they are merged."""
+    for name, layer in layers(model).items():
+        if layer.kept is not None:
+            raise ValueError(f"{name} is merged: unmerge it first")
+        layer.on = on
     return model

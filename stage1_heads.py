@@ -18,6 +18,7 @@ import backbone as vit
 import common
 import heads
 from data import coco
+from data.streams import open_stream
 
 # Sec. 4.2; the batch is per GPU, of 8
 PAPER = dict.fromkeys(("detection", "segmentation", "panoptic"), {"iters": 150_000, "batch": 1, "lr": 5e-5})
@@ -48,7 +49,7 @@ def main() -> None:
     out = Path(args.out)
 
     # --- data
-    dataset = coco.open_stream(args.task, args)
+    dataset = open_stream(args.task, args)
 
     # --- model
     backbone = vit.load(args.model, args.weights, ranks.dtype, ranks.device, args.seed, not args.no_cls)

@@ -21,6 +21,7 @@ import common
 import heads
 import lora
 from data import coco
+from data.streams import open_stream
 
 # Sec. 4.2; the batch is per GPU, of 8
 PAPER = dict.fromkeys(("detection", "segmentation", "panoptic"), {"prob": 0.3, "batch": 1})
@@ -63,7 +64,7 @@ def main() -> None:
     out = Path(args.out)
 
     # --- data
-    datasets = {task: coco.open_stream(task, args) for task in args.tasks}
+    datasets = {task: open_stream(task, args) for task in args.tasks}
 
     # --- model
     backbone = vit.load(args.model, args.weights, ranks.dtype, ranks.device, args.seed, not args.no_cls)

@@ -456,18 +456,6 @@ class Panoptic(Segmentation):
         return (ids == segment for segment in segments)
 
 
-STREAMS = {"detection": Detection, "segmentation": Segmentation, "panoptic": Panoptic}
-
-
-def open_stream(task: str, args) -> CocoStream:
-    """A task's stream as the options of both stages describe it."""
-    exclude = read_ids(args.exclude_images) if args.exclude_images else set()
-    sizes = dict(scale=args.image_scale, fraction=args.data_fraction)
-    return STREAMS[task](
-        args.coco, args.split, args.seed, **sizes, exclude=exclude, skip_bad=args.skip_bad_images
-    )
-
-
 def collate(samples: list, patch: int, mean, std):
     """Samples of any size -> images (B, 3, h, w) normalized and padded to multiples of the patch, valid, y.
 

@@ -163,6 +163,15 @@ def test_weights_from_a_file(name, dtype, tmp_path):
         assert not any(p.requires_grad or p.is_meta for p in loaded.parameters())
 
 
+def test_weights_from_a_whole_clip_model(tmp_path):
+    mini = vit.load("eva_mini", "random", seed=3).vit.state_dict()
+    state = {f"visual.trunk.{name}": value for name, value in mini.items()}
+    file = tmp_path / "clip.safetensors"
+    save_file({**state, "visual.trunk.head.weight": torch.zeros(8, 192), "logit_scale": torch.ones(1)}, file)
+    loaded = vit.load("eva_mini", str(file)).vit.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in mini.items())
+
+
 def test_random_weights_depend_on_the_seed_alone():
     torch.manual_seed(7)
     before = torch.get_rng_state()

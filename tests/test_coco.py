@@ -14,6 +14,7 @@ from pycocotools.coco import COCO
 from torchvision.ops import box_convert
 
 from data import coco
+from data.streams import STREAMS
 
 BACKBONE = SimpleNamespace(patch=14, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
@@ -279,7 +280,7 @@ def test_real_panoptic_segments_have_the_stated_areas(real_coco):
 @pytest.mark.parametrize("name", ["segmentation", "panoptic"])
 def test_a_mask_sample_depends_on_its_position_alone(real_coco, name):
     split = {"segmentation": "train2017", "panoptic": "val2017"}[name]
-    stream = coco.STREAMS[name](real_coco, split, scale=0.1)
+    stream = STREAMS[name](real_coco, split, scale=0.1)
     plain, loaded = take(stream, 5, batch=2), take(stream, 5, batch=2, workers=2)
     for (images, _, y), (images2, _, y2) in zip(plain, loaded, strict=True):
         assert torch.equal(images, images2)

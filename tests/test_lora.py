@@ -239,3 +239,15 @@ def test_an_attention_that_bypasses_its_linear_is_refused():
 
     with pytest.raises(ValueError, match="bypasses"):
         lora.attach(Bypassing(), rank=2)
+
+
+def test_switched_off_is_the_frozen_model_and_merged_cannot_be_switched():
+    model, images = MODELS[0]().eval(), torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        plain = model(images)
+        randomize(lora.attach(model, rank=4))
+        tuned = model(images)
+        assert torch.equal(lora.switch(model, on=False)(images), plain)
+        assert torch.equal(lora.switch(model, on=True)(images), tuned)
+    with pytest.raises(ValueError, match="unmerge it first"):
+        lora.switch(lora.merge(model), on=False)
