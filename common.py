@@ -162,12 +162,18 @@ def launch(main) -> None:
         if dist.is_initialized():
             dist.barrier()
         code = 0
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         where = traceback.extract_tb(error.__traceback__)[-1].filename
         if not Path(where).is_relative_to(Path(__file__).parent) or ".venv" in where:
             raise
         code = 2
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):  # torch raises it wherever the script happens to be
+            raise
+        code = 2
+        told = "a loader process died, perhaps for lack of memory (see --workers); --resume goes on"
+        print(f"{Path(sys.argv[0]).name}: {told}: {error}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         code = 130
         print("interrupted: --resume goes on from the last checkpoint", file=sys.stderr, flush=True)
@@ -254,10 +260,18 @@ class Checkpoint:
                 "scaler": self.scaler.state_dict(),
             }
             part, last, previous = (self.out / name for name in ("last.pt.tmp", "last.pt", "previous.pt"))
-            with open(part, "wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
+            try:
+                with open(part, "wb") as file:
+                    torch.save(state, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+            except (OSError, RuntimeError) as error:  # torch's writer puts its own error over a full disk's
+                part.unlink(missing_ok=True)
+                cause = error if isinstance(error, OSError) else error.__context__ or error
+                raise OSError(
+                    f"{part} cannot be written at step {step} ({cause}). "
+                    "The last checkpoint is good: make room, then --resume"
+                ) from error
             if last.exists():
                 last.replace(previous)
             part.replace(last)

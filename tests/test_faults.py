@@ -1,0 +1,126 @@
+"""What goes wrong on long runs: nothing is lost but the steps since the last checkpoint, and it says why."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.test_stages import ROOT, head, launched, stage2  # noqa: F401 (head is a fixture)
+
+
+def started(*command) -> subprocess.Popen:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, env=env, **pipes)
+
+
+def wait_for(path: Path, process: subprocess.Popen, seconds: int = 120) -> None:
+    """Until the file is there."""
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < end, f"no {path}"
+        time.sleep(0.05)
+
+
+def children(pid: int) -> list[int]:
+    """Processes started by `pid`, and by those."""
+    direct = [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return direct + [c for child in direct for c in children(child)]
+
+
+def ranks_of(agent: subprocess.Popen, script: str) -> list[int]:
+    """The processes that torchrun started, rank 0 first."""
+    command = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in children(agent.pid)}
+    return sorted(pid for pid, line in command.items() if script in line)
+
+
+def same(one: Path, two: Path, tolerance: float) -> bool:
+    """LoRA files equal within `tolerance` of the weights' norm."""
+    a, b = (load_file(out / "lora.safetensors") for out in (one, two))
+    a, b = (torch.cat([state[name].flatten() for name in sorted(state)]) for state in (a, b))
+    return bool((a - b).norm() <= tolerance * b.norm())
+
+
+def test_two_machines_are_one_process_of_twice_the_batch(scenes, head, tmp_path):  # noqa: F811
+    """Two torchrun agents that meet at an address, as on two machines (here both are this one)."""
+    store = tmp_path / "rendezvous"
+    agents = []
+    for node in (0, 1):
+        where = ("--nnodes", 2, "--node-rank", node, "--nproc_per_node", 1)
+        meet = ("--rdzv-backend", "c10d", "--rdzv-id", store.name, "--rdzv-conf", "join_timeout=120")
+        port = 20_000 + os.getpid() % 10_000
+        meet += ("--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1")
+        options = stage2(scenes, tmp_path / "two", head, **{"save-every": 4})
+        agents.append(started("-m", "torch.distributed.run", *where, *meet, "stage2_lora.py", *options))
+    for agent in agents:
+        said, _ = agent.communicate(timeout=300)
+        assert agent.returncode == 0, said
+    one = stage2(scenes, tmp_path / "one", head, batch=2, **{"save-every": 4})
+    assert launched("stage2_lora.py", *one).returncode == 0
+    assert same(tmp_path / "two", tmp_path / "one", 1e-3)  # see test_stages
+
+
+def test_a_lost_rank_ends_the_job_and_one_process_goes_on(scenes, head, tmp_path):  # noqa: F811
+    """Rank 1 is killed after the first checkpoint; one process with the whole batch takes the run up."""
+    options = stage2(scenes, tmp_path / "lost", head, iters=400, **{"save-every": 4})
+    agent = started("-m", "torch.distributed.run", "--nproc_per_node", 2, "stage2_lora.py", *options)
+    wait_for(tmp_path / "lost" / "last.pt", agent)
+    os.kill(ranks_of(agent, "stage2_lora.py")[-1], signal.SIGKILL)
+    said, _ = agent.communicate(timeout=120)
+    assert agent.returncode != 0 and "SIGKILL" in said
+    at = torch.load(tmp_path / "lost" / "last.pt", weights_only=True)["step"]
+    assert 4 <= at < 400 and at % 4 == 0
+
+    state = torch.load(tmp_path / "lost" / "last.pt", weights_only=True)
+    state["options"]["iters"] = at + 4  # a shorter run, so that the test ends
+    torch.save(state, tmp_path / "lost" / "last.pt")
+    rest = stage2(scenes, tmp_path / "lost", head, iters=at + 4, batch=2, **{"save-every": 4})
+    resumed = launched("stage2_lora.py", *rest, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert torch.load(tmp_path / "lost" / "last.pt", weights_only=True)["step"] == at + 4
+
+
+def test_a_full_disk_at_a_checkpoint_is_one_line_and_the_last_one_is_kept(scenes, head, tmp_path, run):  # noqa: F811
+    """The limit on a file's size stands in for the disk's."""
+    assert run("stage2_lora", *stage2(scenes, tmp_path, head, iters=4))[0] == 0
+    last = tmp_path / "last.pt"
+    state = torch.load(last, weights_only=True)
+    state["options"]["iters"] = 8  # as if it had been stopped half-way
+    torch.save(state, last)
+    kept = last.read_bytes()
+
+    options = stage2(scenes, tmp_path, head, iters=8)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(kept) // 2, hard))
+    try:
+        code, _, err = run("stage2_lora", *options, "--resume")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code == 2 and "Traceback" not in err
+    assert "last.pt.tmp cannot be written at step 8 ([Errno 27] File too large)" in err and "--resume" in err
+    assert last.read_bytes() == kept and not (tmp_path / "last.pt.tmp").exists()
+    assert run("stage2_lora", *options, "--resume")[0] == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc to find the worker")
+def test_a_lost_loader_worker_is_said_and_the_run_resumes(scenes, head, tmp_path):  # noqa: F811
+    options = stage2(scenes, tmp_path, head, iters=400, workers=1, **{"save-every": 2})
+    process = started("stage2_lora.py", *options)
+    wait_for(tmp_path / "last.pt", process)
+    workers = [
+        pid for pid in children(process.pid) if "stage2_lora" in Path(f"/proc/{pid}/cmdline").read_text()
+    ]
+    os.kill(workers[0], signal.SIGKILL)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 2 and "Traceback" not in said, said[-3000:]
+    assert "a loader process died" in said and "--workers" in said
+    at = torch.load(tmp_path / "last.pt", weights_only=True)["step"]
+    assert 2 <= at < 400
