@@ -111,7 +111,10 @@ def check_clip(args: argparse.Namespace) -> dict:
         path = Path(args.clip)
         if not path.is_file():
             raise FileNotFoundError(f"--clip {path}: no such file")
-        open_clip.add_model_config(path)
+        try:
+            open_clip.add_model_config(path)
+        except ValueError as error:
+            raise ValueError(f"--clip {path} is not JSON: {error}") from error
         args.clip = path.stem
         if path.stem not in open_clip.list_models():
             raise ValueError(f"{path}: not an open_clip config (embed_dim, vision_cfg, text_cfg)")
@@ -142,20 +145,22 @@ def _architecture(timm_name: str) -> str:
 
 def cached_texts(clip: Clip, E: zeroshot.Benchmark, config: dict, args: argparse.Namespace) -> Tensor:
     """(T, D) features of E's texts, from --text-cache where the same model met the same list before."""
-    place = [None, False]
+    W, found, path = torch.zeros(len(E.texts), clip.dim), [False], None
     if clip.ranks.rank == 0:
         weights = args.clip_weights
         weights = evaluation.sha256(weights) if Path(weights).is_file() else [weights, args.seed]
         made_of = [config, weights, str(clip.ranks.dtype), E.texts, E.templates]
         key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:24]
         path = Path(args.text_cache) / f"{key}.safetensors"
-        place = [str(path), path.is_file()]
-    dist.broadcast_object_list(place, device=clip.ranks.device)  # one answer for all ranks
-    path, found = Path(place[0]), place[1]
-    if found:
-        return load_file(path)["texts"].to(clip.ranks.device)
+        if path.is_file():
+            W, found = load_file(path)["texts"], [True]
+    W = W.to(clip.ranks.device)
+    dist.broadcast_object_list(found, device=clip.ranks.device)  # rank 0's answer is all ranks'
+    if found[0]:
+        dist.broadcast(W, src=0)
+        return W
     W = clip.text_features(E.texts, E.templates, args.batch)
-    if clip.ranks.rank == 0:
+    if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".tmp")
         save_file({"texts": W.cpu()}, part)
@@ -245,8 +250,12 @@ def report(rows: list[dict], variants: list[str], task: str) -> None:
         rows_of_table = rows
         columns = ["Table 6, %", *(f"{r['set']} {r['metric']}" for r in rows)]
     print(evaluation.table(columns, [[v, *(r[v] for r in rows_of_table)] for v in variants]) + "\n")
-    columns = ["set", "metric", "before", "after", "difference", "low", "high", "p", "n"]
-    print(evaluation.table(columns, [[r[c] for c in columns] for r in rows]))
+    columns, lines = ["set", "metric", "before", "after", "difference", "95% interval", "p", "n"], []
+    for r in rows:
+        interval = f"{r['low']:+.2f} .. {r['high']:+.2f}" if len(variants) == 2 else None
+        p = None if r["p"] is None else f"{r['p']:.2g}"
+        lines.append([r[c] for c in columns[:5]] + [interval, p, r["n"]])
+    print(evaluation.table(columns, lines))
 
 
 def main() -> None:

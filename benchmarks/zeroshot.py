@@ -1,0 +1,190 @@
+"""eval_zeroshot.py: its loop against the bare tower, one pass against two, ranks at COCO's size.
+
+    python benchmarks/zeroshot.py
+
+(a) The loop over a folder of made-up JPEGs (500 x 375) with a ViT-B/16 and 2 loader workers, against the same
+tower fed from memory. (b) --compare in one pass against --lora none and --lora FILE one after the other, with
+a tower of one block, so that decoding (640 x 480) is what takes time. (c) Recall of 25,010 captions and 5,000
+images at D = 1,024, in a process of its own, with the most memory it was resident in (ru_maxrss).
+(a) and (b) time the loop in the script's own main. Random weights; interleaved; medians.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder, which has a lora.py too
+
+import common
+import eval_zeroshot
+import lora
+
+TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+TOWERS = {
+    "ViT-B/16": {"layers": 12, "width": 768, "patch_size": 16, "image_size": 224},
+    "one block": {"timm_model_name": "eva_mini", "timm_pool": "token", "timm_proj": None, "image_size": 224},
+}
+
+
+def write_images(out: Path, n: int, size: tuple[int, int]) -> Path:
+    """n JPEGs of smooth noise in two class folders with a names.json."""
+    rng = np.random.default_rng(0)
+    for i in range(n):
+        folder = out / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        coarse = Image.fromarray(rng.integers(0, 256, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8))
+        coarse.resize(size, Image.Resampling.BICUBIC).save(out / "ab"[i % 2] / f"{i:04d}.jpg", quality=92)
+    names = {"names": {"a": "one", "b": "other"}, "templates": ["{}"]}
+    (out / "names.json").write_text(json.dumps(names))
+    return out
+
+
+def loop_seconds(*options) -> float:
+    """Of the loop over the images in eval_zeroshot.main."""
+    spent = []
+
+    def timed(batches, *_, **__):
+        start = time.perf_counter()
+        yield from batches
+        spent.append(time.perf_counter() - start)
+
+    eval_zeroshot.tqdm, sys.argv = timed, ["eval_zeroshot.py", *map(str, options)]
+    printed, sys.stdout = sys.stdout, open(os.devnull, "w")
+    try:
+        eval_zeroshot.main()
+    finally:
+        sys.stdout.close()
+        sys.stdout = printed
+        dist.destroy_process_group()
+    return spent[0]
+
+
+def tower_seconds(clip: eval_zeroshot.Clip, images: torch.Tensor, batch: int) -> float:
+    start = time.perf_counter()
+    for pixels in images.split(batch):
+        clip.image_features(pixels)
+    return time.perf_counter() - start
+
+
+def retrieval_seconds(captions: int, images: int, dim: int) -> dict:
+    """Of the matrix product and of recall, and the peak of this process in GB, with imports and without."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    torch.manual_seed(0)
+    W, f = (F.normalize(torch.randn(n, dim), dim=1) for n in (captions, images))
+    image_of = torch.arange(captions) % images
+    start = time.perf_counter()
+    similarity = W @ f.T
+    middle = time.perf_counter()
+    eval_zeroshot.recall(similarity, image_of)
+    end = time.perf_counter()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    memory = {"peak_gb": peak * 1024e-9, "without_imports_gb": (peak - before) * 1024e-9}  # from KiB
+    return {"product": middle - start, "ranks": end - middle, "total": end - start, **memory}
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--images", type=int, default=64, help="of (a); (b) takes six times as many")
+    p.add_argument("--repeats", type=int, default=3, help="timed rounds")
+    p.add_argument("--threads", type=int, default=2, help="of torch")
+    p.add_argument("--only-retrieval", action="store_true", help="(c) in this process, as JSON")
+    args = p.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.only_retrieval:
+        print(json.dumps(retrieval_seconds(25_010, 5_000, 1_024)))
+        return
+    child = [
+        sys.executable,
+        __file__,
+        "--only-retrieval",
+        "--threads",
+        str(args.threads),
+    ]  # while this is small
+    retrieval = [json.loads(subprocess.check_output(child, text=True)) for _ in range(args.repeats)]
+    retrieval = {k: statistics.median(r[k] for r in retrieval) for k in retrieval[0]}
+
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        for i, vision in enumerate(TOWERS.values()):
+            config = {"embed_dim": 64, "vision_cfg": vision, "text_cfg": TEXT, "custom_text": True}
+            (root / f"bench_{i}.json").write_text(json.dumps(config))
+            open_clip.add_model_config(root / f"bench_{i}.json")
+        few = write_images(root / "few", args.images, (500, 375))
+        many = write_images(root / "many", 6 * args.images, (640, 480))
+        common_options = (
+            "--workers",
+            2,
+            "--batch",
+            16,
+            "--text-cache",
+            root / "texts",
+            "--out",
+            root / "out",
+        )
+
+        def run(tower: int, images: Path, *options) -> float:
+            clip = ("--clip", root / f"bench_{tower}.json", "--clip-weights", "random")
+            return loop_seconds("classification", *clip, "--set", f"x={images}", *common_options, *options)
+
+        ranks = common.Ranks(0, 1, torch.device("cpu"), torch.float32)
+        bare = eval_zeroshot.Clip("bench_0", "random", ranks, seed=0)
+        memory = torch.randn(args.images, 3, 224, 224)
+        create = eval_zeroshot.Clip.__init__
+
+        def shallow(self, *a):
+            create(self, *a)
+            if hasattr(self.tower, "patch_embed"):
+                del self.tower.blocks[1:]
+
+        eval_zeroshot.Clip.__init__ = shallow
+        small = eval_zeroshot.Clip("bench_1", "random", ranks, 0).tower
+        lora.save(lora.attach(small, rank=4), root / "lora.safetensors", backbone="eva_mini")
+
+        seconds = {name: [] for name in ("tower", "loop", "before", "after", "both")}
+        for i in range(args.repeats + 1):  # the first is the warm-up
+            timed = {
+                "tower": tower_seconds(bare, memory, 16),
+                "loop": run(0, few),
+                "before": run(1, many),
+                "after": run(1, many, "--lora", root / "lora.safetensors"),
+                "both": run(1, many, "--compare", root / "lora.safetensors"),
+            }
+            for name, value in timed.items():
+                seconds[name] += [value] if i else []
+    of = {name: statistics.median(values) for name, values in seconds.items()}
+    ratio = statistics.median(t / u for t, u in zip(seconds["tower"], seconds["loop"], strict=True))
+    two = [b + a for b, a in zip(seconds["before"], seconds["after"], strict=True)]
+    one_pass = statistics.median(b / t for b, t in zip(seconds["both"], two, strict=True))
+    n, m = args.images, 6 * args.images
+    print("| | | ratio |\n|---|---|---|")
+    print(f"| (a) tower from memory | {n / of['tower']:.1f} images/s | |")
+    print(f"| (a) the loop, from JPEGs | {n / of['loop']:.1f} images/s | {ratio:.2f} |")
+    print(f"| (b) two runs | {statistics.median(two):.2f} s for {m} images | |")
+    print(f"| (b) one pass | {of['both']:.2f} s | {one_pass:.2f} |")
+    print(f"| (c) matrix product | {retrieval['product']:.2f} s | |")
+    memory = f"{retrieval['peak_gb']:.2f} GB ({retrieval['without_imports_gb']:.2f} its own)"
+    print(f"| (c) product, ranks, recall | {retrieval['total']:.2f} s, {memory} | |")
+    answer = {"torch": torch.__version__, "cpus": os.cpu_count(), **vars(args), "seconds": of}
+    print(
+        json.dumps(
+            {**answer, "loop_over_tower": ratio, "one_pass_over_two": one_pass, "retrieval": retrieval}
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
