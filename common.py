@@ -31,7 +31,7 @@ CLIP_GRAD = 0.1  # L2 norm over all trained parameters; not in the paper; the au
 WEIGHT_DECAY = 1e-4  # the authors' release
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Options that may differ between a run and its resumption
-MAY_CHANGE = {"out", "resume", "coco", "workers", "log_every", "save_every", "exclude_images"}
+MAY_CHANGE = {"out", "resume", "coco", "captions", "workers", "log_every", "save_every", "exclude_images"}
 
 
 # --- options
@@ -51,6 +51,11 @@ def add_training_options(p: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of the initialization, the data order and the augmentation")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--log-every", type=int, default=50, help="steps between lines of log.jsonl")
+    captions = (
+        "captioning: a Karpathy dataset_coco.json (its train and restval; default: captions_SPLIT.json)"
+    )
+    add("--captions", metavar="FILE", help=captions)
+    add("--min-count", type=int, default=6, help="captioning: how often a word must occur (the release: 6)")
     add("--workers", type=int, default=4, help="loader processes per rank and task (0 = none)")
     dtypes = (
         "type of the frozen ViT (auto: bf16 on GPUs that have it, else fp16; CPU: fp32); what trains is fp32"
@@ -68,7 +73,8 @@ def add_training_options(p: argparse.ArgumentParser) -> None:
 
 def check_training_options(args: argparse.Namespace) -> None:
     """Refuse impossible values and missing files before anything is loaded; fill in the default weights."""
-    for name, least in dict(iters=1, warmup=0, seed=0, save_every=1, log_every=1, workers=0).items():
+    leasts = dict(iters=1, warmup=0, seed=0, save_every=1, log_every=1, workers=0, min_count=1)
+    for name, least in leasts.items():
         if getattr(args, name) < least:
             raise ValueError(
                 f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}"
@@ -325,10 +331,13 @@ class Checkpoint:
 
 
 class Log:
-    """OUT/log.jsonl and the progress bar. Losses stay on the device until a line is due: no step waits."""
+    """OUT/log.jsonl, and the progress bar with the moving average of each task's loss.
+
+    Losses stay on the device until a line is due: no step waits.
+    """
 
     def __init__(self, out: Path, first: int, iters: int, every: int):
-        self.every, self.pending, self.skipped = every, [], 0
+        self.every, self.pending, self.skipped, self.averages = every, [], 0, {}
         self.path = out / "log.jsonl" if dist.get_rank() == 0 else None
         if self.path:
             out.mkdir(parents=True, exist_ok=True)
@@ -383,7 +392,9 @@ class Log:
         if self.path:
             with open(self.path, "a") as file:
                 file.write(json.dumps(line) + "\n")
-            self.bar.set_postfix(
-                {k.split("/")[0]: f"{v:.3f}" for k, v in line.items() if k.endswith("/loss")}
-            )
+            for name, losses in means.items():
+                task, _, part = name.partition("/")
+                for loss in losses if part == "loss" else ():  # over some 50 steps of its task
+                    self.averages[task] = 0.98 * self.averages.get(task, loss) + 0.02 * loss
+            self.bar.set_postfix({task: f"{loss:.3f}" for task, loss in self.averages.items()})
         self.pending.clear()

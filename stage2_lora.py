@@ -21,10 +21,12 @@ import common
 import heads
 import lora
 from data import coco
-from data.streams import open_stream
+from data.streams import annotation_file, open_stream
 
 # Sec. 4.2; the batch is per GPU, of 8
 PAPER = dict.fromkeys(("detection", "segmentation", "panoptic"), {"prob": 0.3, "batch": 1})
+PAPER["captioning"] = {"prob": 0.4, "batch": 8}
+DEFAULT = ["detection", "segmentation", "captioning"]  # of --tasks; Table 12, first row
 
 
 def main() -> None:
@@ -32,7 +34,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     add("--heads", nargs="+", default=["out"], help="head files, or folders with [TASK/]TASK.safetensors")
-    add("--tasks", nargs="+", choices=PAPER, default=["detection", "segmentation"], help="Table 12")
+    add("--tasks", nargs="+", choices=PAPER, default=DEFAULT, help="Table 12")
     add(
         "--probs",
         nargs="+",
@@ -57,7 +59,7 @@ def main() -> None:
         raise ValueError("--rank must be at least 1, --lora-alpha positive, --head-lr-ratio at least 0")
     head_files = {task: heads.find(args.heads, task, common.features_of(args)) for task in args.tasks}
     for task in args.tasks:
-        coco.annotation_file(args.coco, task, args.split)
+        annotation_file(task, args)
 
     # --- setup
     ranks = common.start(args)
@@ -73,7 +75,7 @@ def main() -> None:
     if args.imagenet_norm:
         backbone.mean, backbone.std = vit.IMAGENET_NORM
     for task, dataset in datasets.items():
-        heads.check_categories(task_heads[task], dataset.categories, head_files[task])
+        heads.check_classes(task_heads[task], dataset.classes, head_files[task])
     # Alg. 2, line 1: initialize LoRA weights dW, freeze M (a Backbone is always frozen) and T_n*
     torch.manual_seed(args.seed)  # whatever was built before, dW starts from the seed
     lora.attach(backbone.vit, args.rank, args.lora_alpha)

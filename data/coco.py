@@ -29,7 +29,12 @@ from torchvision.ops import box_convert
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-ANNOTATIONS = {"detection": "instances", "segmentation": "instances", "panoptic": "panoptic"}  # of which file
+ANNOTATIONS = {  # which file has those of a task
+    "detection": "instances",
+    "segmentation": "instances",
+    "panoptic": "panoptic",
+    "captioning": "captions",
+}
 
 
 class BadImage(ValueError):
@@ -222,13 +227,16 @@ def read_ids(path: str | Path) -> set[int]:
 
 
 def decode(path: Path, size: tuple[int, int]) -> Tensor:
-    """(3, h, w) uint8 RGB. Raises BadImage for a file that is truncated, unreadable or not of that size."""
+    """(3, h, w) uint8 RGB. Raises BadImage for a file that is truncated, unreadable or not of that size.
+
+    size: h, w; or 0, 0 where the annotations do not tell
+    """
     try:
         with Image.open(path) as image:
             pixels = TF.pil_to_tensor(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError) as error:
         raise BadImage(f"{path} cannot be decoded ({error}): restore it, or use --skip-bad-images") from error
-    if tuple(pixels.shape[1:]) != size:
+    if any(size) and tuple(pixels.shape[1:]) != size:
         found, annotated = (f"{w} x {h}" for h, w in (pixels.shape[1:], size))
         raise BadImage(f"{path} is {found} pixels, its annotations say {annotated}")
     return pixels
@@ -286,6 +294,11 @@ class CocoStream(Dataset):
         if not len(self.rows):
             raise ValueError(f"{self.folder}: no image left (fraction {fraction}, {len(exclude)} excluded)")
         self.seed, self.skip_bad, self.epoch = seed, skip_bad, -1
+
+    @property
+    def classes(self) -> list:
+        """What the labels stand for, of which a head is built."""
+        return self.categories
 
     @property
     def fingerprint(self) -> str:
@@ -480,6 +493,7 @@ def collate(samples: list, patch: int, mean, std):
 def batches(stream: CocoStream, batch: int, backbone, ranks, start: int = 0, workers: int = 0) -> Iterator:
     """images, valid, y of this rank's part of the stream, from its batch `start` on, without end.
 
+    The workers start at once and keep two batches each ahead, however long a task waits for its turn.
     backbone: for its patch, mean, std; ranks: for rank, world, device. Raises BadImage where one turns up.
     """
 
@@ -489,6 +503,12 @@ def batches(stream: CocoStream, batch: int, backbone, ranks, start: int = 0, wor
             yield [(position, backbone.patch) for position in range(first, first + batch)]
             first += ranks.world * batch
 
+    def checked(loader):
+        for item in loader:
+            if isinstance(item, Exception):
+                raise item
+            yield item
+
     loader = DataLoader(
         stream,
         batch_sampler=positions(),
@@ -497,10 +517,7 @@ def batches(stream: CocoStream, batch: int, backbone, ranks, start: int = 0, wor
         pin_memory=ranks.device.type == "cuda",
         worker_init_fn=_ignore_interrupt,
     )
-    for item in loader:
-        if isinstance(item, Exception):
-            raise item
-        yield item
+    return checked(iter(loader))
 
 
 def _ignore_interrupt(_) -> None:

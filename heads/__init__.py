@@ -12,14 +12,20 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from heads.captioner import Captioner
 from heads.detr import Detr
 from heads.mask2former import Mask2Former
 
-HEADS = {"detection": Detr, "segmentation": Mask2Former, "panoptic": Mask2Former}  # Table 1
+HEADS = {  # Table 1
+    "detection": Detr,
+    "segmentation": Mask2Former,
+    "panoptic": Mask2Former,
+    "captioning": Captioner,
+}
 
 
 def save(head: nn.Module, path: str | Path, task: str, /, **header) -> None:
-    """Write the weights and what rebuilds the head without its data set: task, sizes, categories."""
+    """Write the weights and what rebuilds the head without its data set: task, sizes, categories or words."""
     header = {"task": task, "config": head.config, **header}
     part = Path(f"{path}.tmp")
     state = {name: value.contiguous() for name, value in head.state_dict().items()}
@@ -76,11 +82,19 @@ def find(places: list[str], task: str, features: dict) -> Path:
     )
 
 
-def check_categories(head: nn.Module, categories: list[dict], path: Path) -> None:
-    """Raises ValueError if the head's classes are not those of the data, in the same order."""
-    if head.config["categories"] != categories:
-        had = head.config["categories"]
+def check_classes(head: nn.Module, classes: list, path: Path) -> None:
+    """Raises ValueError if the head's categories or words are not those of the data, in the same order."""
+    name = "vocabulary" if "vocabulary" in head.config else "categories"
+    had = head.config[name]
+    if had != classes:
+        at = next((i for i, (a, b) in enumerate(zip(had, classes, strict=False)) if a != b), "the end")
+        words = "words" if name == "vocabulary" else name
+        same = (
+            "made from the same captions with the same --min-count"
+            if words == "words"
+            else "in the same order"
+        )
         raise ValueError(
-            f"{path} knows {len(had)} categories ({had[0]['name']}, ...), the data has {len(categories)} "
-            f"({categories[0]['name']}, ...): they must be the same, in the same order"
+            f"{path} knows {len(had)} {words}, the data has {len(classes)}, unlike from {at} on: "
+            f"they must be the same, {same}"
         )

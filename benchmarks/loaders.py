@@ -1,0 +1,83 @@
+"""Stage 2 with three tasks: the share of a step's time that is spent waiting for data.
+
+    PYTHONPATH=. python benchmarks/loaders.py --coco DIR
+
+Runs stage2_lora.py itself, in this process, with a clock around what it does for its next batch. The model is
+eva_mini with heads of random weights at the full image sizes: the smallest model waits the least for itself, so
+a real one has more time to load. The first steps, in which the workers start, are not counted.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+
+import common
+import heads
+import stage2_lora
+from data import coco
+from data.streams import open_stream
+
+TASKS = ("detection", "segmentation", "captioning")
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--coco", default="../shared/data/coco", help="folder in COCO's layout")
+    p.add_argument("--workers", type=int, default=2, help="loader processes of each task")
+    p.add_argument("--iters", type=int, default=40, help="steps")
+    p.add_argument("--skip", type=int, default=4, help="first steps that do not count")
+    p.add_argument("--image-scale", type=float, default=1.0, help="times the release's image sizes")
+    args = p.parse_args()
+
+    waits, ends = [], []
+    batches, add = coco.batches, common.Log.add
+
+    def timed(*arguments):
+        stream = batches(*arguments)
+        while True:
+            start = time.perf_counter()
+            batch = next(stream)
+            waits.append(time.perf_counter() - start)
+            yield batch
+
+    def added(self, step, task, *rest):
+        add(self, step, task, *rest)
+        ends.append((task, time.perf_counter()))
+
+    coco.batches, common.Log.add = timed, added
+    with tempfile.TemporaryDirectory() as out:
+        same = dict(
+            coco=args.coco, split="train2017", seed=0, image_scale=1.0, data_fraction=1.0, captions=None
+        )
+        same |= dict(exclude_images=None, min_count=6, skip_bad_images=False)
+        torch.manual_seed(0)
+        for task in TASKS:
+            head = heads.HEADS[task](192, open_stream(task, Namespace(**same)).classes)
+            heads.save(head, Path(out) / f"{task}.safetensors", task)
+        options = dict(model="eva_mini", weights="random", coco=args.coco, heads=out, out=f"{out}/visft")
+        options |= {"iters": args.iters, "workers": args.workers, "image-scale": args.image_scale}
+        sys.argv = ["stage2_lora.py", *(str(x) for k, v in options.items() for x in (f"--{k}", v))]
+        stage2_lora.main()
+    coco.batches, common.Log.add = batches, add
+
+    times = [b - a for (_, a), (_, b) in zip(ends, ends[1:], strict=False)]  # of steps 1, 2, ...
+    steps = list(zip([task for task, _ in ends[1:]], times, waits[1:], strict=True))[args.skip :]
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.workers} workers per task")
+    print("| task | steps | median step, s | waiting, s | share |\n|---|---|---|---|---|")
+    for task in (*TASKS, "all"):
+        mine = [(s, w) for name, s, w in steps if task in (name, "all")]
+        total, waited = sum(s for s, _ in mine), sum(w for _, w in mine)
+        median = statistics.median(s for s, _ in mine)
+        print(f"| {task} | {len(mine)} | {median:.2f} | {waited:.2f} | {100 * waited / total:.1f}% |")
+    print(json.dumps({**vars(args), "share": round(waited / total, 4), "steps": len(mine)}))
+
+
+if __name__ == "__main__":
+    main()
