@@ -105,7 +105,7 @@ def main() -> None:
     log.say(sorted({note for dataset in datasets.values() for note in dataset.notes}))
 
     # Alg. 2, line 3, for all steps at once: from the seed, so all ranks agree without a word between them
-    order = np.random.default_rng(args.seed).choice(args.tasks, size=args.iters, p=args.probs).tolist()
+    order = task_order(args.tasks, args.probs, args.iters, args.seed)
     streams = {
         task: coco.batches(
             dataset, args.batch[task], backbone, ranks, order[:first].count(task), args.workers
@@ -157,6 +157,11 @@ def task_probs(tasks: list[str], probs: list[float] | None) -> list[float]:
     if not (min(probs) >= 0 and abs(sum(probs) - 1) < 1e-6):
         raise ValueError(f"--probs must be at least 0 and sum to 1, got {probs} (sum {sum(probs):g})")
     return [prob / sum(probs) for prob in probs]
+
+
+def task_order(tasks: list[str], probs: list[float], iters: int, seed: int) -> list[str]:
+    """The task of every step, drawn from P(alpha_n)."""
+    return np.random.default_rng(seed).choice(tasks, size=iters, p=probs).tolist()
 
 
 def task_batches(tasks: list[str], values: list[str]) -> dict[str, int]:

@@ -2,9 +2,9 @@
 
     PYTHONPATH=. python benchmarks/loaders.py --coco DIR
 
-Runs stage2_lora.py itself, in this process, with a clock around what it does for its next batch. The model is
-eva_mini with heads of random weights at the full image sizes: the smallest model waits the least for itself, so
-a real one has more time to load. The first steps, in which the workers start, are not counted.
+Runs stage2_lora.py itself, in this process, with a clock around what it does for its next batch. The model
+is eva_mini with heads of random weights, at the full image sizes: a larger one leaves more time to load. The
+first steps, in which the workers start, are not counted.
 """
 
 import argparse
@@ -40,7 +40,9 @@ def main() -> None:
     batches, add = coco.batches, common.Log.add
 
     def timed(*arguments):
-        stream = batches(*arguments)
+        return clocked(batches(*arguments))
+
+    def clocked(stream):
         while True:
             start = time.perf_counter()
             batch = next(stream)

@@ -177,45 +177,79 @@ def test_killed_and_resumed_is_bit_identical_to_uninterrupted(scenes, head, tmp_
     assert code == 2 and "lr was" in err
 
 
-def test_three_tasks_take_turns_and_resume_exactly(scenes, real_coco, tmp_path, run):
-    """Panoptic on its two real images; then detection and segmentation in turn, stopped in between."""
-    small_head = {"iters": 2, "image-scale": 0.1}
-    options = stage1(real_coco, tmp_path / "p", **small_head, split="val2017")
+def test_three_tasks_on_real_images_in_one_process_and_two(real_coco, tmp_path, run):
+    """As the paper runs it; stopped in between, and split over two ranks. Panoptic on its two real images."""
+    tiny = {"iters": 2, "image-scale": 0.1, "min-count": 3, "warmup": 0}
+    options = stage1(real_coco, tmp_path / "p", **tiny, split="val2017")
     code, *_ = run("stage1_heads", *options, "--task", "panoptic")
     assert code == 0 and heads.read_header(tmp_path / "p" / "panoptic.safetensors")["task"] == "panoptic"
-    for task in ("detection", "segmentation"):
-        assert (
-            run("stage1_heads", *stage1(scenes, tmp_path / "h" / task, **small_head), "--task", task)[0] == 0
-        )
-    together = {
-        "tasks": ["detection", "segmentation"],
-        "probs": [0.5, 0.5],
-        "save-every": 5,
-        "image-scale": 0.1,
-    }
-    assert run("stage2_lora", *stage2(scenes, tmp_path / "a", tmp_path / "h", **together))[0] == 0
-    lines = (tmp_path / "a" / "log.jsonl").read_text()
-    assert "detection/giou" in lines and "segmentation/dice" in lines
+    tasks, made = ["detection", "segmentation", "captioning"], tmp_path / "h"
+    for task in tasks:
+        code, *_ = run("stage1_heads", *stage1(real_coco, made / task, **tiny), "--task", task)
+        assert code == 0
+    header = heads.read_header(made / "captioning" / "captioning.safetensors")
+    assert {"a", "man"} < set(header["config"]["vocabulary"])
+
+    together = {**tiny, "tasks": tasks, "iters": 10, "log-every": 1, "save-every": 5, "seed": 2}
+    batch = ["detection=2", "segmentation=2", "captioning=4"]
+    options = stage2(real_coco, tmp_path / "a", made, **together, batch=batch)
+    assert run("stage2_lora", *options)[0] == 0
     last = tmp_path / "a" / "last.pt"
     (tmp_path / "b").mkdir()
     shutil.copy(tmp_path / "a" / "previous.pt", tmp_path / "b" / "last.pt")  # as if killed after step 5
-    options = stage2(scenes, tmp_path / "b", tmp_path / "h", **together)
+    options = stage2(real_coco, tmp_path / "b", made, **together, batch=batch)
     assert run("stage2_lora", *options, "--resume")[0] == 0
     whole, parts = (torch.load(path)["trained"] for path in (last, tmp_path / "b" / "last.pt"))
-    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+    assert whole and all(torch.equal(value, parts[name]) for name, value in whole.items())
+
+    halves = ["detection=1", "segmentation=1", "captioning=2"]
+    options = stage2(real_coco, tmp_path / "two", made, **together, batch=halves)
+    result = launched("--nproc_per_node", 2, "stage2_lora.py", *options)
+    assert result.returncode == 0, result.stderr
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("a", "two")
+    )
+    order = stage2_lora.task_order(tasks, [0.3, 0.3, 0.4], 10, seed=2)
+    assert set(order) == set(tasks)
+    for task, a, b in zip(order, one, two, strict=True):
+        assert f"{task}/loss" in a and a.keys() == b.keys()  # one and the same task on all ranks
+        close = 0.1 if task == "segmentation" else 2e-3  # its loss reads points drawn on each rank
+        assert a[f"{task}/loss"] == pytest.approx(b[f"{task}/loss"], rel=close)
+
+    other = stage2(real_coco, tmp_path / "c", made, **{**together, "min-count": 4})
+    code, _, err = run("stage2_lora", *other)
+    assert code == 2 and "--min-count" in err and not (tmp_path / "c").exists()
 
 
-def test_head_lr_ratio_trains_the_heads_too(scenes, head, tmp_path, run):
-    """Table 11. At 0 the heads are not in the optimizer at all."""
-    changed = {}
+def test_tasks_come_as_often_as_their_probabilities():
+    """Within 3 sigma over the paper's 50k steps, and again from the seed alone."""
+    tasks, probs, steps = ["detection", "segmentation", "captioning"], [0.3, 0.3, 0.4], 50_000
+    order = stage2_lora.task_order(tasks, probs, steps, seed=0)
+    for task, p in zip(tasks, probs, strict=True):
+        assert abs(order.count(task) - p * steps) < 3 * (p * (1 - p) * steps) ** 0.5
+    assert order == stage2_lora.task_order(tasks, probs, steps, seed=0)
+    assert order != stage2_lora.task_order(tasks, probs, steps, seed=1)
+
+
+def test_head_lr_ratio_trains_the_heads_too(scenes, head, tmp_path, run, monkeypatch):
+    """Table 11. At 0 the heads are not in the optimizer at all, and stay as they are bit for bit."""
+    changed, loaded, load = {}, [], heads.load
+    monkeypatch.setattr(heads, "load", lambda *a: loaded.append(load(*a)) or loaded[-1])
+    before = load_file(head / "detection.safetensors")
     for ratio in (0.0, 0.1):
         out = tmp_path / str(ratio)
         code, *_ = run("stage2_lora", *stage2(scenes, out, head, iters=3, **{"head-lr-ratio": ratio}))
         assert code == 0
-        changed[ratio] = sorted(torch.load(out / "last.pt")["trained"])
+        state = torch.load(out / "last.pt")
+        changed[ratio] = sorted(state["trained"])
+        rates = [group["lr"] for group in state["optimizer"]["param_groups"]]
+        assert rates[0] > 0 and rates[1:] == ([pytest.approx(0.1 * rates[0])] if ratio else [])
         assert (out / "detection.safetensors").exists() == (ratio > 0)
+        same = [torch.equal(value, before[name]) for name, value in loaded[-1].state_dict().items()]
+        assert all(same) if ratio == 0 else not all(same)
     assert len(changed[0.0]) == 12 and set(changed[0.0]) < set(changed[0.1])
-    before, after = load_file(head / "detection.safetensors"), load_file(out / "detection.safetensors")
+    after = load_file(out / "detection.safetensors")
     assert all(not torch.equal(after[name], value) for name, value in before.items() if "class_embed" in name)
 
 
@@ -267,6 +301,8 @@ def refusals(scenes, head, tmp: Path) -> list[tuple]:
         ("stage1_heads", [*one, "--data-fraction", 1.5], "--data-fraction"),
         ("stage1_heads", [*one, "--image-scale", 0], "--image-scale"),
         ("stage1_heads", [*one, "--exclude-images", absent], "--exclude-images"),
+        ("stage1_heads", [*one, "--task", "captioning", "--captions", absent], "--captions"),
+        ("stage1_heads", [*one, "--min-count", 0], "--min-count must be at least 1"),
         ("stage1_heads", [*one, "--out", head], "holds a run"),
         ("stage2_lora", [*two, "--heads", absent], "stage1_heads.py --task detection"),
         ("stage2_lora", [*two, "--probs", 0.5], "sum to 1"),
@@ -327,14 +363,20 @@ def test_defaults_are_the_papers(monkeypatch, capsys):
     """Sec. 4.2, for EVA-ViT-G."""
     seen = []
     monkeypatch.setattr(common, "check_training_options", lambda args: seen.append(args) or 1 / 0)
-    for script, options in ((stage1_heads, ["--task", "detection"]), (stage2_lora, [])):
+    for script, options in (
+        (stage1_heads, ["--task", "detection"]),
+        (stage2_lora, []),
+        (stage1_heads, ["--task", "captioning"]),
+    ):
         monkeypatch.setattr(sys, "argv", ["script", *options])
         with pytest.raises(ZeroDivisionError):
             script.main()
-    one, two = seen
+    one, two, captions = seen
     assert (one.model, one.iters, one.batch, one.lr, one.warmup) == ("eva_g", 150_000, 1, 5e-5, 2000)
     assert (two.model, two.iters, two.lr, two.warmup, two.rank) == ("eva_g", 50_000, 1e-5, 2000, 64)
-    assert two.batch == {"detection": 1, "segmentation": 1}
+    assert two.tasks == ["detection", "segmentation", "captioning"] and two.probs == [0.3, 0.3, 0.4]
+    assert two.batch == {"detection": 1, "segmentation": 1, "captioning": 8}
+    assert (captions.iters, captions.batch, captions.lr) == (100_000, 32, 4e-4)
     assert (two.save_every, two.lora_alpha, two.head_lr_ratio) == (5000, 1.0, 0.0)
 
 
