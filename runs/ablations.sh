@@ -1,9 +1,8 @@
 #!/usr/bin/env bash
-# Every row of the paper's Tables 9-12: stage 2 runs that differ in one thing from the default. The heads come
-# from stage 1 (runs the README lists; panoptic and pose once more the same way) and lie in out/TASK.
-# Eight GPUs, EVA-ViT-E as in the paper's tables, 5k of the 50k steps of its schedule are what they report.
-# Then score each out/ablations/NAME/lora_005000.safetensors: COCO retrieval (all tables), ImageNet (Table 12).
-# As COCO's retrieval test images are mostly in train2017, dataset_coco.json keeps them out.
+# Every row of the paper's Tables 9-12: runs of stage 2 that differ from the default in one thing. Needs a head
+# for each task in out/TASK, from stage 1 with the same --exclude-images: COCO's retrieval test images are mostly
+# in train2017, and dataset_coco.json (Karpathy's) keeps them out. To be scored afterwards: COCO retrieval of
+# out/ablations/NAME/lora_005000.safetensors, for all tables, and ImageNet, for Table 12. Eight GPUs, EVA-ViT-E.
 #
 #   runs/ablations.sh                # all rows, one after another
 #   runs/ablations.sh rank8 tasks    # those whose name begins so

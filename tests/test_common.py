@@ -185,6 +185,8 @@ def test_the_log_averages_between_lines_and_stops_at_a_nan(group, tmp_path):
     assert json.loads(line) == {
         "step": 4, "lr": 0.1, "a/loss": 2.0, "a/part": 1.0, "b/loss": 5.0, "b/part": 2.5, "skipped_images": 4
     }  # fmt: skip
+    shown = {"a": 0.98 * (0.98 * 1.0 + 0.02 * 3.0) + 0.02 * 2.0, "b": 5.0}  # moving averages, by hand
+    assert log.averages == pytest.approx(shown) and "a=1.059, b=5.000" in str(log.bar)
     log.add(5, "a", y, torch.tensor(1.0), {"part": torch.tensor(math.inf)}, 0.1, False)
     log.add(6, "b", y, torch.tensor(1.0), {"part": torch.tensor(1.0)}, 0.1, False)
     with pytest.raises(FloatingPointError, match=r"step 5, task a, images \[7, 8\]"):
