@@ -1,6 +1,6 @@
 """Stage 2 with three tasks: the share of a step's time that is spent waiting for data.
 
-    PYTHONPATH=. python benchmarks/loaders.py --coco DIR
+    python benchmarks/loaders.py --coco DIR
 
 Runs stage2_lora.py itself, in this process, with a clock around what it does for its next batch. The model
 is eva_mini with heads of random weights, at the full image sizes: a larger one leaves more time to load. The
@@ -17,6 +17,8 @@ from argparse import Namespace
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder, which has a lora.py too
 
 import common
 import heads
