@@ -190,13 +190,14 @@ def test_three_tasks_on_real_images_in_one_process_and_two(real_coco, tmp_path, 
     header = heads.read_header(made / "captioning" / "captioning.safetensors")
     assert {"a", "man"} < set(header["config"]["vocabulary"])
 
-    together = {**tiny, "tasks": tasks, "iters": 10, "log-every": 1, "save-every": 5, "seed": 2}
+    # With this seed each task has its turn before and after the stop
+    together = {**tiny, "tasks": tasks, "iters": 6, "log-every": 1, "save-every": 3, "seed": 18}
     batch = ["detection=2", "segmentation=2", "captioning=4"]
     options = stage2(real_coco, tmp_path / "a", made, **together, batch=batch)
     assert run("stage2_lora", *options)[0] == 0
     last = tmp_path / "a" / "last.pt"
     (tmp_path / "b").mkdir()
-    shutil.copy(tmp_path / "a" / "previous.pt", tmp_path / "b" / "last.pt")  # as if killed after step 5
+    shutil.copy(tmp_path / "a" / "previous.pt", tmp_path / "b" / "last.pt")  # as if killed after step 3
     options = stage2(real_coco, tmp_path / "b", made, **together, batch=batch)
     assert run("stage2_lora", *options, "--resume")[0] == 0
     whole, parts = (torch.load(path)["trained"] for path in (last, tmp_path / "b" / "last.pt"))
@@ -210,8 +211,8 @@ def test_three_tasks_on_real_images_in_one_process_and_two(real_coco, tmp_path, 
         [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
         for name in ("a", "two")
     )
-    order = stage2_lora.task_order(tasks, [0.3, 0.3, 0.4], 10, seed=2)
-    assert set(order) == set(tasks)
+    order = stage2_lora.task_order(tasks, [0.3, 0.3, 0.4], 6, seed=18)
+    assert set(order[:3]) == set(order[3:]) == set(tasks)
     for task, a, b in zip(order, one, two, strict=True):
         assert f"{task}/loss" in a and a.keys() == b.keys()  # one and the same task on all ranks
         close = 0.1 if task == "segmentation" else 2e-3  # its loss reads points drawn on each rank
