@@ -32,6 +32,7 @@ WEIGHT_DECAY = 1e-4  # the authors' release
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Options that may differ between a run and its resumption
 MAY_CHANGE = {"out", "resume", "coco", "captions", "workers", "log_every", "save_every", "exclude_images"}
+MAY_CHANGE |= {"train", "test", "limit"}  # of eval_ocr.py
 
 
 # --- options

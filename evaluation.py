@@ -130,6 +130,37 @@ def paired(before, after, seed: int = 0, resamples: int = 10_000) -> dict:
     return {**{k: float(v) for k, v in means.items()}, "low": float(low), "high": float(high), "p": p, "n": n}
 
 
+def row(name: str, metric: str, scores: dict[str, np.ndarray]) -> dict:
+    """A line of result.json's `rows`, in percent, from each variant's scores in 0..1; None: not scored."""
+    line = {"set": name, "metric": metric, **dict.fromkeys(("before", "after", "difference", "low", "high"))}
+    line |= {variant: float(np.mean(s)) for variant, s in scores.items()} | {"p": None, "n": 0}
+    if len(scores) == 2:
+        line |= paired(scores["before"], scores["after"])
+    n = {len(s) for s in scores.values()} or {0}
+    percent = {k: 100 * v for k, v in line.items() if isinstance(v, float) and k != "p"}
+    return line | percent | {"n": n.pop()}
+
+
+def rows_table(rows: list[dict]) -> str:
+    """All rows in markdown, the interval in one column."""
+    columns = ["set", "metric", "n", "before", "after", "difference", "95% interval", "p (McNemar)"]
+    lines = []
+    for r in rows:
+        interval = None if r["low"] is None else f"{r['low']:+.2f} .. {r['high']:+.2f}"
+        p = None if r["p"] is None else f"{r['p']:.2g}"
+        lines.append([r["set"], r["metric"], r["n"], r["before"], r["after"], r["difference"], interval, p])
+    return table(columns, lines)
+
+
+def model_columns(args: argparse.Namespace, variant: str, vit: nn.Module) -> list:
+    """Model, Params, Iters: how a line of the paper's tables begins."""
+    count = sum(p.numel() for name, p in vit.named_parameters() if "lora_" not in name)
+    params = f"{count / 1e9:.1f}B" if count >= 1e8 else f"{count / 1e6:.1f}M"
+    if variant == "before":
+        return [args.model, params, 0]
+    return [f"{args.model} ViSFT", params, lora.read_header(args.lora).get("step", "unknown")]
+
+
 def table(columns: list[str], rows: list[list]) -> str:
     """Markdown; floats with two decimals, None as a dash."""
     cells = [["-" if v is None else f"{v:.2f}" if isinstance(v, float) else str(v) for v in r] for r in rows]

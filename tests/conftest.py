@@ -23,6 +23,14 @@ def real_coco() -> Path:
 
 
 @pytest.fixture(scope="session")
+def real_ocr() -> Path:
+    """284 real word crops with a gt.txt."""
+    if not (SHARED / "ocr").is_dir():
+        pytest.skip("needs ../shared/data/ocr, which is not here")
+    return SHARED / "ocr"
+
+
+@pytest.fixture(scope="session")
 def scenes(tmp_path_factory) -> Path:
     """12 + 4 made-up scenes in COCO's layout."""
     out = tmp_path_factory.mktemp("scenes")

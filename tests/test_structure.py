@@ -40,8 +40,10 @@ def test_imports_go_one_way():
 
 
 def test_paper_lines_can_be_found():
-    """Algorithm 1 has lines 1-4 to find, Algorithm 2 lines 1-5 (the last line of each is `end for`)."""
-    for script, algorithm, lines in (("stage1_heads.py", 1, 4), ("stage2_lora.py", 2, 5)):
+    """Lines 1-4 of Algorithm 1, 1-5 of 2, 1-4 and 6 of 3: all but `end for`."""
+    scripts = [("stage1_heads.py", 1, (1, 2, 3, 4)), ("stage2_lora.py", 2, (1, 2, 3, 4, 5))]
+    scripts += [(script, 3, (1, 2, 3, 4, 6)) for script in ("eval_ocr.py", "eval_goi.py")]
+    for script, algorithm, lines in scripts:
         text = (ROOT / script).read_text()
-        at = [text.index(f"Alg. {algorithm}, line {line}") for line in range(1, lines + 1)]
+        at = [text.index(f"Alg. {algorithm}, line {line}") for line in lines]
         assert at[0] < at[1] and at[2:] == sorted(at[2:])

@@ -1,0 +1,261 @@
+"""Pictures of single words: LMDB sets in clovaai's layout, or a gt.txt with a list of files.
+
+    SET/data.mdb    num-samples -> 2077; image-000000001 -> JPEG or PNG; label-000000001 -> UTF-8; from 1
+    SET/gt.txt      iiit5k/train/1009_2.png TAB You
+
+    find(folders)          the sets in and below folders, by name
+    Words(sets, size)      every word of these sets once: for scoring, so nothing is ever left out
+    WordStream(parts, ...) endless, equal shares of each part: for training, so unusable labels are left out
+
+The sample at position p of a stream depends on (seed, p) alone.
+"""
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+
+import lmdb
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from data.coco import BadImage
+
+LONGEST = 25  # characters of a training label: clovaai, ViTSTR, PARSeq
+CHARSETS = {  # the first 36 or 94 of printable ASCII without the space, in the order of all three
+    36: "0123456789abcdefghijklmnopqrstuvwxyz",
+    94: "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~",
+}
+
+
+# --- sets
+
+
+class LmdbWords:
+    """An LMDB set, read-only. Raises ValueError if the folder holds no LMDB or it has no num-samples."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            size = _environment(path).begin().get(b"num-samples")
+        except lmdb.Error as error:
+            raise ValueError(f"{path / 'data.mdb'} cannot be opened as an LMDB: {error}") from error
+        if size is None or not size.strip().isdigit():
+            raise ValueError(f"{path / 'data.mdb'}: no count of words in num-samples (found {size})")
+        self.size = int(size)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def where(self, i: int) -> str:
+        return f"{self.path / 'data.mdb'}: image-{i + 1:09d}"
+
+    def read(self, i: int) -> tuple[bytes, str]:
+        """The encoded picture and the label of word i, from 0. Raises BadImage if one of them is missing."""
+        with _environment(self.path).begin() as records:
+            picture, label = (records.get(b"%s-%09d" % (kind, i + 1)) for kind in (b"image", b"label"))
+        for kind, record in (("image", picture), ("label", label)):
+            if record is None:
+                raise BadImage(f"{self.path / 'data.mdb'}: no {kind}-{i + 1:09d} of {self.size} words")
+        return picture, label.decode(errors="replace")
+
+    def labels(self) -> Iterator[str]:
+        """All labels in order, in one pass over their pages alone. Raises ValueError if one is missing."""
+        read = 0
+        with _environment(self.path).begin() as records, records.cursor() as cursor:
+            cursor.set_range(b"label-")
+            for i, (key, label) in zip(range(self.size), cursor.iternext(), strict=False):
+                if key != b"label-%09d" % (i + 1):
+                    break
+                yield label.decode(errors="replace")
+                read += 1
+        if read < self.size:
+            raise ValueError(f"{self.path / 'data.mdb'}: no label-{read + 1:09d} of {self.size} words")
+
+
+_OPEN: dict[Path, tuple[int, lmdb.Environment]] = {}
+
+
+def _environment(path: Path) -> lmdb.Environment:
+    """One per process and folder; a worker puts its own in the place of one that it inherited."""
+    path = path.resolve()
+    process, environment = _OPEN.get(path, (None, None))
+    if process != os.getpid():
+        if environment is not None:
+            environment.close()
+        options = dict(readonly=True, create=False, lock=False, readahead=False, meminit=False)
+        environment = lmdb.open(str(path), max_readers=1, **options)
+        _OPEN[path] = os.getpid(), environment
+    return environment
+
+
+class ListedWords:
+    """The words of a gt.txt, its paths relative to its folder. Raises ValueError for a line without TAB."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        lines = (path / "gt.txt").read_text(encoding="utf-8-sig").split("\n")
+        rows = [(number, line.rstrip("\r")) for number, line in enumerate(lines, 1) if line.strip()]
+        for number, line in rows:
+            if "\t" not in line:
+                raise ValueError(f"{path / 'gt.txt'}:{number}: expected PATH TAB LABEL, found {line[:60]!r}")
+        self.rows = [tuple(line.split("\t", 1)) for _, line in rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def where(self, i: int) -> str:
+        return str(self.path / self.rows[i][0])
+
+    def read(self, i: int) -> tuple[bytes, str]:
+        try:
+            return Path(self.where(i)).read_bytes(), self.rows[i][1]
+        except OSError as error:
+            raise BadImage(f"{self.path / 'gt.txt'}: word {i + 1}: {error}") from error
+
+    def labels(self) -> Iterator[str]:
+        return (label for _, label in self.rows)
+
+
+def find(folders: list[str]) -> dict[str, LmdbWords | ListedWords]:
+    """The sets in and below folders, in the order of their paths, by their path below the folder.
+
+    Raises FileNotFoundError for a folder without one, ValueError for two sets of one name.
+    """
+    sets = {}
+    for folder in map(Path, folders):
+        here = {}
+        for place, below, files in os.walk(folder, followlinks=True):
+            below.sort()
+            kind = LmdbWords if "data.mdb" in files else ListedWords if "gt.txt" in files else None
+            if kind:
+                name = Path(place).relative_to(folder).as_posix()
+                here[folder.resolve().name if name == "." else name] = kind(Path(place))
+        if not here:
+            raise FileNotFoundError(f"{folder}: no data.mdb (LMDB) and no gt.txt in it or below")
+        if twice := sets.keys() & here.keys():
+            raise ValueError(f"{folder}: another set is called {min(twice)}: give the folder above both")
+        sets.update(here)
+    return sets
+
+
+# --- samples
+
+
+def decode(data: bytes, size: tuple[int, int], where: str) -> Tensor:
+    """(3, h, w) uint8 RGB, squashed to size. Raises BadImage, saying where."""
+    try:
+        with Image.open(BytesIO(data)) as image:
+            return squash(image.convert("RGB"), size)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BadImage(f"{where} cannot be decoded ({error})") from error
+
+
+def squash(image: Image.Image, size: tuple[int, int]) -> Tensor:
+    """(3, h, w) uint8 of an RGB picture, bicubic to size (h, w) whatever its shape: nothing is cut off."""
+    pixels = np.array(image.resize(size[::-1], Image.Resampling.BICUBIC))
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+class Words(Dataset):
+    """words[i] -> pixels (3, h, w) uint8, {image_id: SET/000000001, label, size}; an error is returned.
+
+    limit: only the first so many words of each set
+    """
+
+    def __init__(self, sets: dict, size: tuple[int, int], limit: int | None = None):
+        self.sets, self.size = sets, size
+        self.items = [(name, i) for name, words in sets.items() for i in range(len(words))[:limit]]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int):
+        name, i = self.items[index]
+        try:
+            data, label = self.sets[name].read(i)
+            pixels = decode(data, self.size, self.sets[name].where(i))
+        except BadImage as error:
+            return error
+        return pixels, {"image_id": f"{name}/{i + 1:09d}", "label": label, "size": self.size}
+
+
+class WordStream(Dataset):
+    """stream[p, _] -> pixels, y as Words: position p of an endless stream, p mod n in part p of n.
+
+    parts: n collections of sets (MJSynth, SynthText: half and half); within a part every epoch is a
+        permutation of its own
+    notes: what was left out and why; fingerprint: identifies labels and order, wherever the files lie
+    With skip_bad a bad record is passed over for the next one and named in y["skipped"]; else the stream
+    returns its error. Raises ValueError if a part has no usable word.
+    """
+
+    def __init__(self, parts: dict[str, dict], charset: str, size, seed: int, skip_bad: bool = False):
+        self.size, self.seed, self.skip_bad, self.notes = size, seed, skip_bad, []
+        self.parts, digest = [], hashlib.sha256()
+        for part, sets in parts.items():
+            rows, counts, before = [], Counter(), 0
+            for words in sets.values():
+                for i, label in enumerate(words.labels(), before):
+                    digest.update(f"{label}\n".encode(errors="replace"))
+                    why = unusable(label, charset)
+                    counts[why] += 1
+                    if why is None:
+                        rows.append(i)
+                before += len(words)
+            dropped = [f"{n} {why}" for why, n in sorted((w, n) for w, n in counts.items() if w)]
+            self.notes.append(f"{part}: {counts[None]} of {before} words for training; dropped: "
+                              f"{', '.join(dropped) or 'none'}")  # fmt: skip
+            if not rows:
+                raise ValueError(f"{self.notes[-1]}: nothing to train on")
+            self.parts.append((list(sets.values()), np.array(rows, np.int32)))
+        self.fingerprint = digest.hexdigest()[:16]
+        self.epochs = {}  # part -> (epoch, its order)
+
+    def locate(self, position: int) -> tuple[LmdbWords | ListedWords, int]:
+        """The set, and the word in it, at a position."""
+        part, (sets, rows) = position % len(self.parts), self.parts[position % len(self.parts)]
+        epoch, at = divmod(position // len(self.parts), len(rows))
+        if self.epochs.get(part, (None,))[0] != epoch:
+            self.epochs[part] = epoch, np.random.default_rng((self.seed, part, epoch)).permutation(rows)
+        row = int(self.epochs[part][1][at])
+        for words in sets:
+            if row < len(words):
+                return words, row
+            row -= len(words)
+        raise AssertionError("a row beyond the last set")
+
+    def __getitem__(self, index: tuple[int, int]):
+        position, skipped = index[0], []
+        while True:
+            words, i = self.locate(position + len(self.parts) * len(skipped))
+            try:
+                data, label = words.read(i)
+                pixels = decode(data, self.size, words.where(i))
+                break
+            except BadImage as error:
+                skipped.append(words.where(i))
+                if not self.skip_bad or len(skipped) == len(self.parts[position % len(self.parts)][1]):
+                    return BadImage(f"{error}: restore it, or use --skip-bad-images")
+        return pixels, {"image_id": words.where(i), "label": label, "size": self.size, "skipped": skipped}
+
+
+def spelled(label: str, charset: str) -> str:
+    """A label as it is trained on: without white space, in lower case if the characters have no other."""
+    label = "".join(label.split())
+    return label if "A" in charset else label.lower()
+
+
+def unusable(label: str, charset: str) -> str | None:
+    """Why a label is not trained on, if it is not: clovaai's and ViTSTR's rules."""
+    label = spelled(label, charset)
+    if not label:
+        return "empty"
+    if len(label) > LONGEST:
+        return f"longer than {LONGEST} characters"
+    return None if set(label) <= set(charset) else "with characters outside the charset"

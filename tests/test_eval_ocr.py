@@ -1,0 +1,338 @@
+"""Table 3: the measure by hand, the head, and the script as a user runs it."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_words import some_words, write_lmdb
+
+import backbone as vit
+import eval_ocr
+import lora
+from backbone import Features
+from data import words
+
+ROOT = Path(__file__).resolve().parents[1]
+MINI = ("--model", "eva_mini", "--weights", "random", "--workers", 0)
+SMALL = (*MINI, "--size", 56, 112, "--width", 32, "--charset", 36, "--warmup", 2, "--log-every", 2)
+
+
+# --- the measure
+
+
+@pytest.mark.parametrize(
+    "label, text, right, similarity",
+    [
+        ("Hello", "hello", 1, 1),  # case
+        ("don't!", "DONT", 1, 1),  # punctuation
+        ("caf\u00e9", "caf", 1, 1),  # outside a-z, 0-9
+        ("!!", "", 1, 1),  # nothing left of either
+        ("!!", "a", 0, 0),
+        ("kitten", "sitting", 0, 1 - 3 / 7),  # Levenshtein's textbook pair: 3 edits
+        ("flaw", "lawn", 0, 1 - 2 / 4),
+        ("abc", "", 0, 0),
+        ("10", "1O", 0, 0.5),
+    ],
+)
+def test_grades_by_hand(label, text, right, similarity):
+    assert eval_ocr.grade(label, text) == (right, pytest.approx(similarity))
+
+
+def test_edit_distance_is_the_shortest_path():
+    """Against a search over all edits, for all words of up to four letters of two."""
+    import itertools
+
+    every = ["".join(t) for n in range(4) for t in itertools.product("ab", repeat=n)]
+
+    def neighbours(w):
+        for i in range(len(w) + 1):
+            yield from (w[:i] + c + w[i:] for c in "ab")
+            if i < len(w):
+                yield w[:i] + w[i + 1 :]
+                yield from (w[:i] + c + w[i + 1 :] for c in "ab")
+
+    for start in every:
+        distance, frontier = {start: 0}, [start]
+        while frontier:
+            following = []
+            for w in frontier:
+                for v in neighbours(w):
+                    if len(v) <= 6 and v not in distance:
+                        distance[v] = distance[w] + 1
+                        following.append(v)
+            frontier = following
+        assert all(eval_ocr.edit_distance(start, end) == distance[end] for end in every)
+
+
+def answers(sets: dict[str, int], right: dict[str, int]) -> dict:
+    return {
+        f"{name}/{i + 1:09d}": ("word", "word" if i < right[name] else "ward")
+        for name, n in sets.items()
+        for i in range(n)
+    }
+
+
+def rows_of(sets: dict[str, int], **right) -> tuple[dict, list[str]]:
+    lists = {name: range(n) for name, n in sets.items()}
+    rows, notes = eval_ocr.table_rows(lists, {v: answers(sets, r) for v, r in right.items()})
+    return {(r["set"], r["metric"]): r for r in rows}, notes
+
+
+def test_combined_is_over_words_and_names_what_is_missing():
+    sets = {"evaluation/SVT": 2, "IIIT5k": 6, "IC13_857": 4, "mine": 8}  # IIIT5k: PARSeq's name
+    before = {"evaluation/SVT": 0, "IIIT5k": 6, "IC13_857": 1, "mine": 0}
+    rows, notes = rows_of(sets, before=before, after={**before, "mine": 8})
+    large = rows["six sets, large lists (without IC03_867, IC13_1015, IC15_2077, SVTP)", "accuracy"]
+    assert large["before"] == 100 * 6 / 8 and large["n"] == 8 and large["difference"] == 0
+    small = rows["six sets, small lists (without IC03_860, IC15_1811, SVTP)", "accuracy"]
+    assert small["before"] == pytest.approx(100 * 7 / 12)
+    everything = rows["all sets found", "accuracy"]
+    assert (everything["before"], everything["after"]) == (35, 75) and everything["n"] == 20
+    assert everything["p"] == pytest.approx(2 / 2**8) and 0 < everything["low"] < 40 < everything["high"]
+    assert rows["mine", "edit similarity"]["before"] == 75  # one letter of four
+    assert rows["SVTP", "accuracy"]["before"] is None and "SVTP: not found" in notes
+    assert "evaluation/SVT: 2 words; the published list has 647" in notes
+    with pytest.raises(ValueError, match="a/SVT and b/SVT are both SVT"):
+        rows_of({"a/SVT": 1, "b/SVT": 1}, before={"a/SVT": 1, "b/SVT": 1})
+
+
+def test_published_lists_add_up():
+    """Protocols in print: 8,251 words in the large lists, 7,820 in the small, 11,779 in nine."""
+    counts = [sum(eval_ocr.SIZES[name] for name in lists) for lists in eval_ocr.COMBINED.values()]
+    assert counts == [8251, 7820, 11779]
+
+
+# --- the head
+
+
+def features(B=3, seed=0) -> Features:
+    torch.manual_seed(seed)
+    return Features(torch.randn(B, 24), torch.randn(B, 24, 4, 8), None)
+
+
+def test_a_word_ends_at_the_first_end_and_is_whole_without_one():
+    head = eval_ocr.OcrHead(24, 33, words.CHARSETS[36], width=16)
+    a, b, end = 1 + 10, 1 + 11, 0
+    assert head.decode([a, b, end, b, end]) == "ab"
+    assert head.decode([end, a]) == "" and head.decode([a] * 26) == "a" * 26
+    assert head.encode(["Ab", ""]).tolist() == [[a, b, end] + [-100] * 23, [end] + [-100] * 25]
+    assert head.decode(head.encode(["z" * 25])[0].tolist()) == "z" * 25
+
+
+@pytest.mark.parametrize("reading", ["tokens", "queries"])
+def test_loss_is_the_mean_over_characters_and_ends(reading):
+    head = eval_ocr.OcrHead(24, 33, words.CHARSETS[94], reading, width=16)
+    f, labels = features(), ["Ab", "", "c!9"]
+    loss, parts = head.loss(f, [{"label": label} for label in labels])
+    log_p, total, count = head.logits(f).log_softmax(-1), 0.0, 0
+    for row, label in zip(log_p, labels, strict=True):
+        for place, k in enumerate([1 + words.CHARSETS[94].index(c) for c in label] + [0]):
+            total, count = total - row[place, k].item(), count + 1
+    assert loss.item() == pytest.approx(total / count, rel=1e-5) and count == 8
+    assert head.logits(f).shape == (3, 26, 95)
+    assert 0 <= parts["right"] <= 1
+
+
+def test_reading_from_tokens_leaves_cls_out_and_needs_enough_of_them():
+    head = eval_ocr.OcrHead(24, 33, "ab", width=16).eval()
+    f = features()
+    for layer in head.layers:  # without attention a place only sees its own token
+        torch.nn.init.zeros_(layer.self_attn.out_proj.weight)
+        torch.nn.init.zeros_(layer.self_attn.out_proj.bias)
+    changed = f.grid.clone().requires_grad_()
+    head.logits(f._replace(grid=changed))[:, 7].sum().backward()
+    assert changed.grad.abs().sum((0, 1)).flatten().nonzero().flatten().tolist() == [7]  # row 0, column 7
+    with pytest.raises(ValueError, match="26 tokens are too few to read 26 from"):
+        eval_ocr.OcrHead(24, 26, "ab")
+    assert eval_ocr.OcrHead(24, 5, "ab", "queries", width=16).queries is not None
+
+
+@pytest.mark.parametrize("reading", ["tokens", "queries"])
+def test_the_head_learns_what_its_features_say(reading):
+    """Eight fixed pictures' features, eight words."""
+    torch.manual_seed(0)
+    head = eval_ocr.OcrHead(24, 33, words.CHARSETS[36], reading, width=64, depth=4)
+    f, labels = features(8), some_words(8)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        head.loss(f, [{"label": label} for label in labels])[0].backward()
+        optimizer.step()
+    read = head.eval().predict(f, [{"image_id": i} for i in range(8)])
+    assert [r["text"] for r in read] == labels and [r["image_id"] for r in read] == list(range(8))
+
+
+# --- the script
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sets")
+    write_lmdb(folder / "MJ", some_words(40, 1))
+    write_lmdb(folder / "ST", some_words(24, 2))
+    write_lmdb(folder / "test" / "SVT", [*some_words(9, 3), "!?"])
+    write_lmdb(folder / "test" / "mine", some_words(5, 4))
+    return folder
+
+
+def command(sets: Path, out: Path, **changed) -> list:
+    options = {
+        "train": [sets / "MJ", sets / "ST"],
+        "test": [sets / "test"],
+        "out": out,
+        "iters": 6,
+        "batch": 8,
+    }
+    options |= {"lr": 1e-3, **changed}
+    flat = (x for k, v in options.items() for x in (f"--{k}", *(v if isinstance(v, list) else [v])))
+    return [*SMALL, *flat]
+
+
+def dW(path: Path, zero=False) -> Path:
+    backbone = vit.load("eva_mini", "random")
+    lora.attach(backbone.vit, rank=4)
+    torch.manual_seed(1)
+    for name, p in lora.parameters(backbone.vit).items():
+        if not (zero and name.endswith("lora_B")):
+            torch.nn.init.normal_(p)
+    lora.save(backbone.vit, path, backbone="eva_mini", step=5000)
+    return path
+
+
+def result(out: Path) -> dict:
+    return json.loads((out / "result.json").read_text())
+
+
+def read_words(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "words.jsonl").read_text().splitlines()]
+
+
+def test_a_zero_dW_changes_exactly_nothing_and_another_does(sets, tmp_path, run):
+    code, out, err = run(
+        "eval_ocr", *command(sets, tmp_path / "z", compare=dW(tmp_path / "zero.st", zero=True))
+    )
+    assert code == 0, err
+    for row in result(tmp_path / "z")["rows"]:
+        if row["n"]:
+            assert row["difference"] == row["low"] == row["high"] == 0 and row["before"] == row["after"]
+    heads = [load_file(tmp_path / "z" / v / "ocr.safetensors") for v in ("before", "after")]
+    assert all(torch.equal(value, heads[1][name]) for name, value in heads[0].items())
+    assert all(line["before"] == line["after"] for line in read_words(tmp_path / "z"))
+    assert "| eva_mini ViSFT | 2.8M | 5000 |" in out and "six sets, large lists (without" in out
+    assert "1 labels without a digit or letter" in out and "SVT: 10 words; the published" in out
+    assert out.count("of 40 words for training") == 1
+
+    options = command(sets, tmp_path / "a", compare=dW(tmp_path / "dW.st"))
+    assert run("eval_ocr", *options)[0] == 0
+    before, after = (load_file(tmp_path / "a" / v / "ocr.safetensors") for v in ("before", "after"))
+    assert all(torch.equal(value, heads[0][name]) for name, value in before.items())  # dW is out of the way
+    assert any(not torch.equal(value, after[name]) for name, value in before.items())
+    # --lora and --lora none are the two halves of --compare
+    for variant, options in (("after", {"lora": tmp_path / "dW.st"}), ("before", {})):
+        assert run("eval_ocr", *command(sets, tmp_path / variant, **options))[0] == 0
+        alone = load_file(tmp_path / variant / variant / "ocr.safetensors")
+        both = load_file(tmp_path / "a" / variant / "ocr.safetensors")
+        assert all(torch.equal(value, both[name]) for name, value in alone.items())
+
+
+def test_trained_heads_are_scored_alone_and_unlike_features_refused(sets, tmp_path, run):
+    file = dW(tmp_path / "dW.st")
+    assert run("eval_ocr", *command(sets, tmp_path / "a", compare=file))[0] == 0
+    heads = [tmp_path / "a" / v / "ocr.safetensors" for v in ("before", "after")]
+    score = [*MINI, "--test", sets / "test", "--out", tmp_path / "b", "--compare", file, "--head"]
+    code, _, err = run("eval_ocr", *score, *heads)
+    assert code == 0, err
+    assert result(tmp_path / "b")["rows"] == result(tmp_path / "a")["rows"]
+    assert read_words(tmp_path / "b") == read_words(tmp_path / "a")
+    assert result(tmp_path / "a")["training_words"] == 48 and result(tmp_path / "b")["training_words"] is None
+    for options, says in (
+        ([*score, *reversed(heads)], "to score before, was trained with lora"),
+        ([*score, heads[0]], "1 files to score before and after: one for each"),
+        ([*score, *heads, "--size", 112], "size [56, 112], not [112, 112]"),
+        ([*score, *heads, "--imagenet-norm"], "imagenet_norm False, not True"),
+        ([*score, *heads, "--train", sets / "MJ"], "or --head FILE to score one"),
+        ([*score, file, file], "not one of our head files"),
+    ):
+        code, _, err = run("eval_ocr", *options)
+        assert code == 2 and says in err and err.count("\n") == 1, err
+
+
+def test_stopped_and_resumed_is_bit_identical(sets, tmp_path, run, monkeypatch):
+    import common
+
+    options = {"save-every": 2, "compare": dW(tmp_path / "dW.st")}
+    assert run("eval_ocr", *command(sets, tmp_path / "whole", **options))[0] == 0
+    add, seen = common.Log.add, []
+
+    def interrupted(self, step, *rest):
+        add(self, step, *rest)
+        seen.append(step)
+        if len(seen) == 6 + 3:  # in `after`, between its checkpoints
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(common.Log, "add", interrupted)
+    assert run("eval_ocr", *command(sets, tmp_path / "parts", **options))[0] == 130
+    code, _, err = run("eval_ocr", *command(sets, tmp_path / "parts", **options))
+    assert code == 2 and "holds a run: pass --resume" in err
+    assert run("eval_ocr", *command(sets, tmp_path / "parts", **options), "--resume", "--workers", 1)[0] == 0
+    assert seen[9:] == [3, 4, 5, 6]
+    for variant in ("before", "after"):
+        whole, parts = (load_file(tmp_path / n / variant / "ocr.safetensors") for n in ("whole", "parts"))
+        assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+    assert result(tmp_path / "parts")["rows"] == result(tmp_path / "whole")["rows"]
+    code, _, err = run("eval_ocr", *command(sets, tmp_path / "parts", **{**options, "lr": 1}), "--resume")
+    assert code == 2 and "lr was" in err
+
+
+def test_two_ranks_are_one_with_twice_the_batch(sets, tmp_path, run):
+    two = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "eval_ocr.py"]
+    two = [sys.executable, *map(str, [*two, *command(sets, tmp_path / "two", batch=4)])]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(two, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("all sets found") == 2  # printed once, with its two metrics
+    assert run("eval_ocr", *command(sets, tmp_path / "one"))[0] == 0
+    a, b = (load_file(tmp_path / n / "before" / "ocr.safetensors") for n in ("two", "one"))
+    difference = math.sqrt(sum((a[n] - b[n]).square().sum() for n in b))
+    # fp32 sums in another order, enlarged by Adam's tiny divisors
+    assert difference < 1e-3 * math.sqrt(sum(v.square().sum() for v in b.values()))
+    assert result(tmp_path / "two")["training_words"] == result(tmp_path / "one")["training_words"] == 48
+    assert [line["image_id"] for line in read_words(tmp_path / "two")] == [
+        line["image_id"] for line in read_words(tmp_path / "one")
+    ]
+    assert len(read_words(tmp_path / "two")) == 15
+
+
+def test_limit_is_partial(sets, tmp_path, run):
+    assert run("eval_ocr", *command(sets, tmp_path, limit=2, iters=1))[0] == 0
+    found = result(tmp_path)
+    assert found["partial"] and {r["n"] for r in found["rows"] if r["set"] in ("SVT", "mine")} == {2}
+    assert np.isclose(sum(r["n"] for r in found["rows"] if r["set"] == "all sets found"), 8)
+
+
+def test_bad_options_and_data_are_one_line(sets, tmp_path, run):
+    good = command(sets, tmp_path / "new")
+    write_lmdb(tmp_path / "cut" / "set", ["one", "two"], image_000000002=None)
+    for options, says in (
+        ([*good, "--iters", 0], "--iters must be at least 1"),
+        ([*good, "--lr", "inf"], "--lr must be positive"),
+        ([*good, "--width", 12], "--width must be a multiple of 8"),
+        ([*good, "--size", 50], "multiples of the patch, 14"),
+        ([*good, "--size", 56], "17 tokens are too few"),
+        ([*good, "--size", 1, 2, 3], "--size takes a side, or height and width"),
+        ([*MINI, "--test", sets / "test"], "give --train DIR"),
+        ([*good, "--train", tmp_path / "absent"], "absent: no data.mdb"),
+        ([*good, "--test", tmp_path / "absent"], "absent: no data.mdb"),
+        ([*good, "--test", tmp_path / "cut"], "no image-000000002 of 2 words"),
+        ([*good, "--train", tmp_path / "cut", "--out", tmp_path / "other"], "or use --skip-bad-images"),
+    ):
+        code, _, err = run("eval_ocr", *options)
+        assert code == 2 and says in err and "Traceback" not in err, (options, err)
+    assert not (tmp_path / "new" / "result.json").exists()
