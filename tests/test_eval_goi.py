@@ -1,4 +1,4 @@
-"""Table 4: the probe against sklearn-like references, the cache of features, and the script as users run it."""
+"""Table 4: the probe against torch's own, the cache of features, and the script as users run it."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def jsonl(tmp_path_factory) -> Path:
             colour = tuple(
                 int(c) for c in np.clip(np.array(COLOURS[shape]) + rng.integers(-25, 25, 3), 0, 255)
             )
-            lines.append(record(shape, colour, options=tuple(COLOURS)))
+            lines.append(record(shape, tuple(colour), options=tuple(COLOURS)))
         write(folder / f"{name}.jsonl", lines)
     return folder
 

@@ -75,8 +75,8 @@ def test_bad_lines_are_counted_by_number_and_refused_when_strict(tmp_path):
     data = goi.Records(path, SIZE)
     assert data.lines[:, 2].tolist() == [1, 9]
     assert data.notes == [
-        f"{path}: 2 records of 80 classes; left out: 2 class outside the 80 (line 8, 10); 1 not JSON (line 2); "
-        "2 whose image_str is no picture (line 5, 6); 1 without image_str (line 4); "
+        f"{path}: 2 records of 80 classes; left out: 2 class outside the 80 (line 8, 10); "
+        "1 not JSON (line 2); 2 whose image_str is no picture (line 5, 6); 1 without image_str (line 4); "
         "2 without outputs (line 3, 7)"
     ]
     with pytest.raises(ValueError, match="--strict: .*1 not JSON .line 2."):
