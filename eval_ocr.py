@@ -25,6 +25,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import backbone as vit
 import common
@@ -225,7 +226,8 @@ def score(args, T_o: OcrHead, backbone, test: words.Words, ranks: common.Ranks) 
     """{image_id: (label, what was read)} of all words, on every rank."""
     collate = partial(coco.collate, patch=backbone.patch, mean=backbone.mean, std=backbone.std)
     R_o = {}  # Alg. 3, line 1: initialize results list R_o
-    for batch in evaluation.loader(test, args, ranks, collate):  # Alg. 3, line 2: for x in E_o(x)
+    loader = tqdm(evaluation.loader(test, args, ranks, collate), "reading", disable=ranks.rank > 0)
+    for batch in loader:  # Alg. 3, line 2: for x in E_o(x)
         if isinstance(batch, Exception):
             raise batch
         images, valid, y = common.to_device(batch, ranks.device)

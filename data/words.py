@@ -125,7 +125,7 @@ class ListedWords:
 def find(folders: list[str]) -> dict[str, LmdbWords | ListedWords]:
     """The sets in and below folders, in the order of their paths, by their path below the folder.
 
-    Raises FileNotFoundError for a folder without one, ValueError for two sets of one name.
+    Raises FileNotFoundError for a folder without one, ValueError for an empty set or two of one name.
     """
     sets = {}
     for folder in map(Path, folders):
@@ -135,7 +135,9 @@ def find(folders: list[str]) -> dict[str, LmdbWords | ListedWords]:
             kind = LmdbWords if "data.mdb" in files else ListedWords if "gt.txt" in files else None
             if kind:
                 name = Path(place).relative_to(folder).as_posix()
-                here[folder.resolve().name if name == "." else name] = kind(Path(place))
+                found = here[folder.resolve().name if name == "." else name] = kind(Path(place))
+                if not len(found):
+                    raise ValueError(f"{place}: a set without words")
         if not here:
             raise FileNotFoundError(f"{folder}: no data.mdb (LMDB) and no gt.txt in it or below")
         if twice := sets.keys() & here.keys():
@@ -200,6 +202,7 @@ class WordStream(Dataset):
         self.parts, digest = [], hashlib.sha256()
         for part, sets in parts.items():
             rows, counts, before = [], Counter(), 0
+            digest.update(b"a part\n")
             for words in sets.values():
                 for i, label in enumerate(words.labels(), before):
                     digest.update(f"{label}\n".encode(errors="replace"))

@@ -138,6 +138,8 @@ def test_parts_are_mixed_in_equal_shares_and_every_epoch_has_every_word(two_part
     assert again.fingerprint == stream.fingerprint
     other = words.WordStream({"ST": two_parts["ST"]}, words.CHARSETS[36], SIZE, seed=3)
     assert other.fingerprint != stream.fingerprint
+    pooled = {"all": {**two_parts["MJ"], **two_parts["ST"]}}  # the same words in other shares
+    assert words.WordStream(pooled, words.CHARSETS[36], SIZE, seed=3).fingerprint != stream.fingerprint
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])
@@ -168,6 +170,9 @@ def test_bad_sets_are_named(tmp_path):
         (tmp_path / "empty").mkdir(exist_ok=True)
         with pytest.raises(FileNotFoundError, match="no data.mdb"):
             words.find([str(tmp_path / (folder or "empty"))])
+    write_lmdb(tmp_path / "none", [])
+    with pytest.raises(ValueError, match="none: a set without words"):
+        words.find([str(tmp_path / "none")])
     for name in ("p/same", "q/same"):
         write_lmdb(tmp_path / name, ["a"])
     with pytest.raises(ValueError, match="another set is called same"):
