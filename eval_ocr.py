@@ -63,9 +63,10 @@ class OcrHead(nn.Module):
                 f"{tokens} tokens are too few to read {self.length} from: larger --size, or --reading queries"
             )
         self.project = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, width))
-        self.position = nn.Parameter(0.02 * torch.randn(1, tokens, width))
+        # As large as the projected tokens: at ViT's 0.02 the head learns late where it is reading
+        self.position = nn.Parameter(0.5 * torch.randn(1, tokens, width))
         self.queries = (
-            nn.Parameter(0.02 * torch.randn(1, self.length, width)) if reading == "queries" else None
+            nn.Parameter(0.5 * torch.randn(1, self.length, width)) if reading == "queries" else None
         )
         layer = nn.TransformerEncoderLayer if self.queries is None else nn.TransformerDecoderLayer
         shape = dict(dropout=0.0, activation="gelu", batch_first=True, norm_first=True)  # as DeiT, ViTSTR
