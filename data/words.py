@@ -99,7 +99,7 @@ class ListedWords:
 
     def __init__(self, path: Path):
         self.path = path
-        lines = (path / "gt.txt").read_text(encoding="utf-8-sig").split("\n")
+        lines = (path / "gt.txt").read_text("utf-8-sig", errors="replace").split("\n")
         rows = [(number, line.rstrip("\r")) for number, line in enumerate(lines, 1) if line.strip()]
         for number, line in rows:
             if "\t" not in line:
