@@ -1,6 +1,6 @@
 """GOI: the linear probe's 30 epochs over cached features, with and without the choice of a learning rate.
 
-    PYTHONPATH=. python benchmarks/goi.py
+    python benchmarks/goi.py
 
 32,000 features of width 1,408 (EVA-ViT-G on M3IT's coco-goi) in a memory-mapped file, 80 classes. The floor
 is torch's own nn.Linear, AdamW and cross_entropy on shuffled batches of the same size, without a schedule or
@@ -10,6 +10,7 @@ standardization. Interleaved; medians.
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from argparse import Namespace
@@ -18,6 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder, which has a lora.py too
 
 import eval_goi
 

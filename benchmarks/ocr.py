@@ -1,6 +1,6 @@
 """OCR evaluation: reading an LMDB against bare Pillow, and a training step against its two parts.
 
-    PYTHONPATH=. python benchmarks/ocr.py
+    python benchmarks/ocr.py
 
 Reading: pictures per second on one core, of JPEGs of MJSynth's size squashed to 224 px; the floor decodes and
 resizes the same bytes from a list in memory. Step: eval_ocr.train, loader and log included, per step (the
@@ -11,6 +11,7 @@ on features at hand. Interleaved; medians.
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from argparse import Namespace
@@ -21,6 +22,8 @@ import lmdb
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder, which has a lora.py too
 
 import backbone as vit
 import common
