@@ -83,9 +83,9 @@ class Records(Dataset):
             file.seek(offset)
             picture = base64.b64decode(json.loads(file.read(length))["image_str"])
         try:
-            pixels = words.decode(picture, self.size, f"{self.path}:{number}: image_str")
+            pixels = words.decode(picture, self.size)
         except BadImage as error:
-            return error
+            return BadImage(f"{self.path}:{number}: image_str {error}")
         return pixels, {"image_id": i, "size": self.size}
 
     def where(self, i: int) -> dict:

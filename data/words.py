@@ -40,9 +40,9 @@ class LmdbWords:
     """An LMDB set, read-only. Raises ValueError if the folder holds no LMDB or it has no num-samples."""
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path = path.resolve()
         try:
-            size = _environment(path).begin().get(b"num-samples")
+            size = _environment(self.path).begin().get(b"num-samples")
         except lmdb.Error as error:
             raise ValueError(f"{path / 'data.mdb'} cannot be opened as an LMDB: {error}") from error
         if size is None or not size.strip().isdigit():
@@ -83,7 +83,6 @@ _OPEN: dict[Path, tuple[int, lmdb.Environment]] = {}
 
 def _environment(path: Path) -> lmdb.Environment:
     """One per process and folder; a worker puts its own in the place of one that it inherited."""
-    path = path.resolve()
     process, environment = _OPEN.get(path, (None, None))
     if process != os.getpid():
         if environment is not None:
@@ -149,13 +148,21 @@ def find(folders: list[str]) -> dict[str, LmdbWords | ListedWords]:
 # --- samples
 
 
-def decode(data: bytes, size: tuple[int, int], where: str) -> Tensor:
-    """(3, h, w) uint8 RGB, squashed to size. Raises BadImage, saying where."""
+def load(words: LmdbWords | ListedWords, i: int, size: tuple[int, int]) -> tuple[Tensor, str]:
+    """Word i of a set, (3, h, w) uint8 RGB squashed to size, and its label. Raises BadImage, saying where."""
+    data, label = words.read(i)
+    try:
+        return decode(data, size), label
+    except BadImage as error:
+        raise BadImage(f"{words.where(i)} {error}") from error
+
+
+def decode(data: bytes, size: tuple[int, int]) -> Tensor:
     try:
         with Image.open(BytesIO(data)) as image:
             return squash(image.convert("RGB"), size)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BadImage(f"{where} cannot be decoded ({error})") from error
+        raise BadImage(f"cannot be decoded ({error})") from error
 
 
 def squash(image: Image.Image, size: tuple[int, int]) -> Tensor:
@@ -180,8 +187,7 @@ class Words(Dataset):
     def __getitem__(self, index: int):
         name, i = self.items[index]
         try:
-            data, label = self.sets[name].read(i)
-            pixels = decode(data, self.size, self.sets[name].where(i))
+            pixels, label = load(self.sets[name], i, self.size)
         except BadImage as error:
             return error
         return pixels, {"image_id": f"{name}/{i + 1:09d}", "label": label, "size": self.size}
@@ -238,8 +244,7 @@ class WordStream(Dataset):
         while True:
             words, i = self.locate(position + len(self.parts) * len(skipped))
             try:
-                data, label = words.read(i)
-                pixels = decode(data, self.size, words.where(i))
+                pixels, label = load(words, i, self.size)
                 break
             except BadImage as error:
                 skipped.append(words.where(i))
