@@ -90,7 +90,8 @@ class OcrHead(nn.Module):
             return self.classify(self.norm(q))
         for layer in self.layers:
             x = layer(x)
-        return self.classify(self.norm(x[:, 1 : 1 + self.length]))  # ViTSTR too ignores the first, its [GO]
+        first = 0 if f.cls is None else 1  # ViTSTR reads from [CLS] on, and ignores what that says
+        return self.classify(self.norm(x[:, first : first + self.length]))
 
     def loss(self, f, y: list[dict]) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy, averaged over all characters and ends of the batch on all ranks; y: B labels."""
@@ -311,6 +312,8 @@ def summary(args, read: dict, sets: dict, steps: dict, backbone, world: int, str
     rows, notes = table_rows(sets, read)
     first = next(iter(read.values()))
     empty = [image_id for image_id, (label, _) in first.items() if not alphanumeric(label)]
+    if stream is not None:
+        notes.append(f"each head was trained on {args.iters * args.batch * world} words")
     if empty:
         right = {v: sum(grade(*answers[i])[0] == 1 for i in empty) for v, answers in read.items()}
         told = ", ".join(f"{n} {variant}" for variant, n in right.items())

@@ -12,6 +12,7 @@ The sample at position p of a stream depends on (seed, p) alone.
 
 import hashlib
 import os
+from array import array
 from collections import Counter
 from collections.abc import Iterator
 from io import BytesIO
@@ -207,7 +208,7 @@ class WordStream(Dataset):
         self.size, self.seed, self.skip_bad, self.notes = size, seed, skip_bad, []
         self.parts, digest = [], hashlib.sha256()
         for part, sets in parts.items():
-            rows, counts, before = [], Counter(), 0
+            rows, counts, before = array("i"), Counter(), 0
             digest.update(b"a part\n")
             for words in sets.values():
                 for i, label in enumerate(words.labels(), before):
@@ -266,4 +267,5 @@ def unusable(label: str, charset: str) -> str | None:
         return "empty"
     if len(label) > LONGEST:
         return f"longer than {LONGEST} characters"
-    return None if set(label) <= set(charset) else "with characters outside the charset"
+    outside = label.strip(charset)  # from both ends: nothing is left if all of it is inside
+    return "with characters outside the charset" if outside else None

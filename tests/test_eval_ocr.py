@@ -151,6 +151,8 @@ def test_reading_from_tokens_leaves_cls_out_and_needs_enough_of_them():
     changed = f.grid.clone().requires_grad_()
     head.logits(f._replace(grid=changed))[:, 7].sum().backward()
     assert changed.grad.abs().sum((0, 1)).flatten().nonzero().flatten().tolist() == [7]  # row 0, column 7
+    plain = eval_ocr.OcrHead(24, 32, "ab", width=16)  # a backbone without [CLS]
+    assert plain.logits(f._replace(cls=None)).shape == (3, 26, 3)
     with pytest.raises(ValueError, match="26 tokens are too few to read 26 from"):
         eval_ocr.OcrHead(24, 26, "ab")
     assert eval_ocr.OcrHead(24, 5, "ab", "queries", width=16).queries is not None
