@@ -202,13 +202,13 @@ def fingerprint(model: nn.Module, variant: str) -> str:
 
 
 class Probe(nn.Module):
-    """T_o: a linear classifier of features standardized by the training part's mean and deviation."""
+    """T_o: a linear classifier of features standardized by the training part's mean and deviation, (D,)."""
 
-    def __init__(self, f: Tensor, classes: int):
+    def __init__(self, mean: Tensor, deviation: Tensor, classes: int):
         super().__init__()
-        self.register_buffer("mean", f.mean(0))
-        self.register_buffer("deviation", f.std(0).clamp(min=1e-6))
-        self.linear = nn.Linear(f.shape[1], classes)
+        self.register_buffer("mean", mean)
+        self.register_buffer("deviation", deviation)
+        self.linear = nn.Linear(len(mean), classes)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
@@ -229,11 +229,13 @@ def probe(f: np.ndarray, labels: np.ndarray, classes: int, args, device) -> tupl
 
 def fit(f: Tensor, labels: Tensor, classes: int, lrs: list[float], epochs: int, seed: int) -> list[Probe]:
     """A probe for each learning rate, side by side on the same batches. f: (n, D); labels: (n,)"""
-    probes = [Probe(f, classes).to(f.device) for _ in lrs]
-    optimizer = torch.optim.AdamW(
-        [{"params": T.parameters()} for T in probes], weight_decay=common.WEIGHT_DECAY
-    )
-    x = (f - probes[0].mean) / probes[0].deviation  # (n, D), once
+    mean = f.mean(0)
+    x = f - mean  # (n, D)
+    deviation = ((x * x).sum(0) / (len(x) - 1)).sqrt().clamp(min=1e-6)  # torch's std is slow along rows
+    x /= deviation
+    probes = [Probe(mean, deviation, classes).to(f.device) for _ in lrs]
+    groups = [{"params": T.parameters()} for T in probes]
+    optimizer = torch.optim.AdamW(groups, weight_decay=common.WEIGHT_DECAY, fused=True)
     rng, per_epoch = np.random.default_rng(seed), -(-len(f) // BATCH)
     for step in range(epochs * per_epoch):
         if step % per_epoch == 0:

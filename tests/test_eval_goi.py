@@ -94,13 +94,12 @@ def test_probe_takes_the_rate_that_is_best_on_the_held_out_part(monkeypatch):
 
 
 def test_ranked_classes_by_hand():
-    probe = eval_goi.Probe(torch.eye(7), 7)
-    probe.mean.zero_(), probe.deviation.fill_(1)
+    probe = eval_goi.Probe(torch.zeros(7), torch.ones(7), 7)
     with torch.no_grad():
         probe.linear.weight.copy_(torch.diag(torch.arange(7.0)))
     f = np.ones((1, 7), np.float32)
     assert eval_goi.rank_classes(probe, f, "cpu").tolist() == [[6, 5, 4, 3, 2]]
-    two = eval_goi.Probe(torch.randn(4, 7), 2)
+    two = eval_goi.Probe(torch.zeros(7), torch.ones(7), 2)
     assert eval_goi.rank_classes(two, f, "cpu").shape == (1, 2)
 
 
