@@ -130,15 +130,21 @@ def paired(before, after, seed: int = 0, resamples: int = 10_000) -> dict:
     return {**{k: float(v) for k, v in means.items()}, "low": float(low), "high": float(high), "p": p, "n": n}
 
 
-def row(name: str, metric: str, scores: dict[str, np.ndarray]) -> dict:
-    """A line of result.json's `rows`, in percent, from each variant's scores in 0..1; None: not scored."""
+def row(name: str, metric: str, scores: dict[str, np.ndarray | float], n: int | None = None) -> dict:
+    """A line of result.json's `rows`, in percent points; None where nothing was scored.
+
+    scores: {variant: (n,) scores in 0..1 of the items, whose mean it is, or one score of them all}
+    n: how many items, where it is not the number of scores
+    """
     line = {"set": name, "metric": metric, **dict.fromkeys(("before", "after", "difference", "low", "high"))}
-    line |= {variant: float(np.mean(s)) for variant, s in scores.items()} | {"p": None, "n": 0}
+    line |= {"p": None, "n": n or max(map(np.size, scores.values()), default=0)}
+    line |= {variant: 100 * float(np.mean(score)) for variant, score in scores.items()}
     if len(scores) == 2:
-        line |= paired(scores["before"], scores["after"])
-    n = {len(s) for s in scores.values()} or {0}
-    percent = {k: 100 * v for k, v in line.items() if isinstance(v, float) and k != "p"}
-    return line | percent | {"n": n.pop()}
+        line["difference"] = line["after"] - line["before"]
+        if np.ndim(scores["before"]):
+            found = paired(**scores)
+            line |= {k: 100 * found[k] for k in ("difference", "low", "high")} | {"p": found["p"]}
+    return line
 
 
 def rows_table(rows: list[dict]) -> str:
