@@ -95,7 +95,7 @@ def check_training_options(args: argparse.Namespace) -> None:
 
 
 def check_weights(weights: str) -> None:
-    if weights not in ("random", "pretrained") and not Path(weights).is_file():
+    if weights not in ("random", "pretrained") and not Path(weights).exists():
         raise FileNotFoundError(
             f"no backbone weights at {weights}: pass --weights FILE, or `pretrained` (timm downloads)"
         )
@@ -183,7 +183,7 @@ def launch(main) -> None:
         print(f"{Path(sys.argv[0]).name}: {told}: {error}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         code = 130
-        print("interrupted: --resume goes on from the last checkpoint", file=sys.stderr, flush=True)
+        print("interrupted; with --resume training goes on from its last checkpoint", file=sys.stderr)
     finally:
         gc.collect()
         if dist.is_initialized():

@@ -1,0 +1,524 @@
+"""Weights in and out: others' files to ours, and what was tuned to where others load it.
+
+    python convert.py import eva_g_lora_5000.pt out/release/lora.safetensors      # the authors' LoRA
+    python convert.py import eva_g_detection_heads.ckpt out/release/detection.safetensors
+    python convert.py import eva_vit_g.pth weights/eva_g.safetensors    # not needed: --weights reads it
+    python convert.py export out/eva_g_visft.safetensors --to timm --lora LORA --weights BACKBONE
+
+What a file is follows from the names in it (import --from overrides). An export has the LoRA merged into the
+vision tower; whatever else it needs (CLIP's text tower, BLIP-2's language model) comes from --weights, and a
+model card is put beside it. Files are mapped, not read; nothing is written before everything fits.
+"""
+
+import argparse
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
+
+import backbone as vit
+import common
+import evaluation
+import heads
+import lora
+
+MODELS = {  # width and number of blocks -> --model
+    (1408, 40): "eva_g",
+    (1408, 39): "eva_g_blip2",
+    (1792, 64): "eva_e",
+    (192, 6): "eva_mini",
+}
+COCO = [  # torchvision lists COCO's names by category id
+    {"id": i, "name": name}
+    for i, name in enumerate(FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"])
+    if name not in ("__background__", "N/A")
+]
+
+# The authors' names (after `visft_heads.`) -> ours. Every tensor goes over as it is, but for those in `adapt`
+RELEASE = {
+    "detection": {
+        r"input_proj\.": r"input_proj.",
+        r"transformer\.task_embeddings_enc\.weight": r"task_token",
+        r"transformer\.encoder\.layers\.": r"encoder.",
+        r"transformer\.(enc2dec_proj|pos_embed_proj)\.": r"\1.",
+        r"transformer\.decoders\.detection\.detection_coco\.layers\.": r"decoder.",
+        r"transformer\.decoders\.detection\.detection_coco\.norm\.": r"decoder_norm.",
+        r"query_embeds\.detection\.detection_coco\.": r"query_embed.",
+        r"(class|bbox)_embeds\.": r"\1_embed.",
+    },
+    "segmentation": {
+        r"segment_pixel_decoder\.input_proj\.0\.": r"input_proj.",
+        r"segment_pixel_decoder\.transformer\.level_embed": r"encoder_level",
+        r"segment_pixel_decoder\.transformer\.encoder\.layers\.": r"encoder.",
+        r"segment_pixel_decoder\.adapter_1\.norm\.": r"G.1.",
+        r"segment_pixel_decoder\.adapter_1\.": r"G.0.",
+        r"segment_pixel_decoder\.layer_1\.norm\.": r"R.1.",
+        r"segment_pixel_decoder\.layer_1\.": r"R.0.",
+        r"segment_pixel_decoder\.mask_features\.": r"R.3.",
+        r"segment_predictor\.transformer_cross_attention_layers\.(\d+)\.norm\.": r"decoder.\1.norm1.",
+        r"segment_predictor\.transformer_self_attention_layers\.(\d+)\.norm\.": r"decoder.\1.norm2.",
+        r"segment_predictor\.transformer_ffn_layers\.(\d+)\.norm\.": r"decoder.\1.norm3.",
+        r"segment_predictor\.transformer_\w+_layers\.": r"decoder.",
+        r"segment_predictor\.level_embed\.weight": r"decoder_level",
+        r"segment_predictor\.mask_embed\.": r"MLP.",
+        r"segment_predictor\.(decoder_norm|query_feat|query_embed|class_embed)\.": r"\1.",
+    },
+    "captioning": {r"caption_decoder\.": r""},
+}
+CLIP = ("open_clip", "eva_clip")
+SUFFIX = {"timm": ".safetensors", "open_clip": ".safetensors", "eva_clip": ".pt", "blip2": "", "peft": ""}
+USE = {  # what the model card says about loading
+    "timm": 'timm.create_model("{timm}", {more}checkpoint_path="{dst}")',
+    "open_clip": 'open_clip.create_model_and_transforms(NAME, pretrained="{dst}")  # NAME of --weights',
+    "eva_clip": 'eva_clip.create_model_and_transforms(NAME, "{dst}", force_custom_clip=True)',
+    "blip2": 'transformers.Blip2ForConditionalGeneration.from_pretrained("{dst}")',
+    # timm's EVA reads qkv's weight without calling qkv, so PEFT's update would be without effect
+    "peft": 'peft.PeftModel.from_pretrained(model, "{dst}")  # timm: first, attn.qkv_bias_separate = True',
+}
+
+
+def main() -> None:
+    # --- options
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sub = p.add_subparsers(dest="action", required=True)
+    model = "which ViT it is (default: found from its width and depth)"
+    add = sub.add_parser("import", help="others' backbone, LoRA or head -> ours").add_argument
+    add("src", metavar="SRC", help="a file, or a BLIP-2 folder of transformers")
+    add("dst", metavar="DST", help="the .safetensors to write")
+    add(
+        "--from",
+        dest="kind",
+        choices=[*vit.TOWERS, "lora", *RELEASE],
+        help="what SRC is (default: by its names)",
+    )
+    add("--model", help=model)
+    add(
+        "--words",
+        metavar="FILE",
+        help="captioning: the release's WORDMAP_*.json (default: words stay numbers)",
+    )
+    add = sub.add_parser(
+        "export", help="backbone + LoRA -> timm, open_clip, BLIP-2, EVA-CLIP, PEFT"
+    ).add_argument
+    add("dst", metavar="DST", help="what to write: .safetensors (timm, open_clip), .pt (eva_clip), a folder")
+    add(
+        "--weights",
+        required=True,
+        help="any backbone file; the whole CLIP or BLIP-2 where that is the target",
+    )
+    add("--to", required=True, choices=SUFFIX, help="who should be able to load it")
+    add("--model", help=model)
+    add("--lora", default="none", metavar="FILE|none", help="our LoRA file, merged (peft: written alone)")
+    add(
+        "--results", nargs="+", default=[], metavar="JSON", help="result.json files to show in the model card"
+    )
+    args = p.parse_args()
+    if args.action == "import":
+        import_(args)
+    else:
+        export(args)
+
+
+# --- import
+
+
+def import_(args: argparse.Namespace) -> None:
+    """Recognise SRC, check it, write DST."""
+    src, dst = Path(args.src), Path(args.dst)
+    if dst.suffix != ".safetensors" or dst.is_dir():
+        raise ValueError(f"{dst}: our files are .safetensors")
+    state = vit.read(src)
+    state = {name.removeprefix("visft_heads."): value for name, value in state.items()}
+    kind = args.kind or recognize(state, src)
+    if args.words and kind != "captioning":
+        raise ValueError(f"--words goes with a captioning head; {src} holds {kind}")
+    if kind == "lora":
+        told = import_lora(state, args)
+    elif kind in RELEASE:
+        told = import_head(state, kind, args)
+    else:
+        weights = vit.tower(state, kind)
+        name = fits(weights, src, args.model)
+        with whole(dst, size(weights)) as part:
+            save_file(weights, part, metadata={"format": "pt"})
+        rest = len(state) - len([k for k in state if vit.timm_name(k, kind)])
+        told = [f"backbone {name}; left out: {rest} tensors outside of the vision tower"]
+    print(f"{dst}: {src}, read as {kind}", *told, sep="\n  ")
+
+
+def recognize(state: dict[str, Tensor], src: Path) -> str:
+    """What the names say: lora, a head's task, or a format of backbone.TOWERS."""
+    if any(name.endswith(".lora_A") for name in state):
+        return "lora"
+    if kind := vit.recognize(state):
+        return kind
+    tasks = [task for task in RELEASE if any(head_name(name, task) is not None for name in state)]
+    if len(tasks) == 1:
+        return tasks[0]
+    held = f"the heads {', '.join(tasks)}" if tasks else f"names like {', '.join(list(state)[:3]) or 'none'}"
+    raise ValueError(f"{src}: no vision tower, LoRA or single head, but {held}: choose one with --from")
+
+
+def import_lora(state: dict[str, Tensor], args: argparse.Namespace) -> list[str]:
+    """The authors' eva_{g,e}_lora_N.pt: our names behind a prefix; the rank is in the shapes, alpha is 1."""
+    found = {re.sub(r"^.*?(?=blocks\.\d)", "", k): v for k, v in state.items() if ".lora_" in k}
+    first = "blocks.0.attn.qkv.lora_"
+    if f"{first}A" not in found or f"{first}B" not in found:
+        raise ValueError(f"{args.src}: no {first}A and {first}B")
+    rank, dim = found[f"{first}B"].shape[1], found[f"{first}A"].shape[1]
+    depth = 1 + max(int(k.split(".")[1]) for k in found if re.match(r"blocks\.\d+\.", k))
+    shapes = {"A": (2 * rank, dim), "B": (2 * dim, rank)}  # q's rows, then v's
+    name = model_name(dim, depth, args.src, args.model)
+    expected = {
+        f"blocks.{i}.attn.qkv.lora_{part}": torch.empty(shape, device="meta")
+        for i in range(depth)
+        for part, shape in shapes.items()
+    }
+    vit.check(found, expected, f"{args.src} is no LoRA of rank {rank} for {name}")
+    header = {"rank": rank, "alpha": 1.0, "targets": ["qkv"], **released_features(name)}
+    found = {k: v.float().contiguous() for k, v in found.items()}
+    with whole(Path(args.dst), size(found)) as part:
+        save_file(found, part, metadata={"lora": json.dumps(header)})
+    return [f"LoRA of rank {rank}, alpha 1 (the release's scale, 1/{rank}), for all {depth} blocks of {name}"]
+
+
+def import_head(state: dict[str, Tensor], task: str, args: argparse.Namespace) -> list[str]:
+    """The authors' *_heads.ckpt, layouts and names of their trainer."""
+    found, left, unknown = {}, [], []
+    for name, value in state.items():
+        ours = head_name(name, task)
+        if ours is None:
+            known = name == "det_losses.empty_weight" or any(head_name(name, t) is not None for t in RELEASE)
+            (left if known else unknown).append(name)
+        elif ours in found and not torch.equal(found[ours], value):
+            raise ValueError(f"{args.src}: {name} and its alias differ")
+        else:
+            found[ours] = value
+    if unknown:
+        raise ValueError("\n  ".join([f"{args.src}: {len(unknown)} tensors of no head:", *unknown[:8]]))
+    width = "attention.encoder_att.weight" if task == "captioning" else "input_proj.0.weight"
+    width = width if width in found else "input_proj.weight"
+    if width not in found:
+        raise ValueError(f"{args.src}: no {task} head: nothing becomes our {width}")
+    dim, told = found[width].shape[1], []
+    arguments = {"categories": COCO}
+    if task == "segmentation":
+        arguments["eq2_h"] = False
+    elif task == "captioning":
+        arguments = {"vocabulary": vocabulary(args.words, len(found["embedding.weight"]))}
+    head = heads.HEADS[task](dim, **arguments)
+    told += adapt(found, task)
+    vit.check(found, head.state_dict(), f"{args.src} is no {task} head of the release")
+    head.load_state_dict(found)
+    name = args.model or next((m for (width, _), m in MODELS.items() if width == dim), None)
+    if name is None:
+        raise ValueError(f"{args.src}: features of width {dim} are of no known model: pass --model")
+    with whole(Path(args.dst), size(found)) as part:
+        heads.save(head, part, task, **released_features(name))
+    told.insert(0, f"{task} head for {name} (width {dim}), {len(found)} tensors")
+    return [
+        *told,
+        *(f"left out: {name}" for name in left[:8]),
+        *[f"and {len(left) - 8} more"][: len(left) > 8],
+    ]
+
+
+def head_name(name: str, task: str) -> str | None:
+    """Our name of a tensor of the release's head; None if it is not of this task."""
+    name = re.sub(r"^segment_head\.(?=pixel_decoder|predictor)", "segment_", name)  # all stored twice
+    for theirs, ours in RELEASE[task].items():
+        ours, fits = re.subn(f"^{theirs}", ours, name)
+        if fits:
+            return ours
+    return None
+
+
+def adapt(found: dict[str, Tensor], task: str) -> list[str]:
+    """The few tensors whose rows mean something else with us, in place. Returns what the user should know."""
+    if task == "captioning":
+        return []
+    if task == "segmentation":
+        # The release labels 1..80 but counts 80 as no-object: label i is its logit i + 1, and toothbrush is
+        # trained as background. Its logit 0, never a target, is all that is left for it
+        rows = [*range(1, 80), 0, 80]
+        told = ["classes 0..78 are its logits 1..79; toothbrush, which it trained as no-object, its unused 0"]
+        for level in ("encoder_level", "decoder_level"):
+            if level in found:
+                found[level] = found[level].squeeze(0)
+    else:
+        rows = [*(c["id"] for c in COCO), 91]
+        told = ["92 logits by category id -> 80 categories and no-object", "left out: task table's rows 1.."]
+        if "task_token" in found:
+            found["task_token"] = found["task_token"][0]
+    for name in ("class_embed.weight", "class_embed.bias"):
+        if name in found and len(found[name]) > max(rows):
+            found[name] = found[name][rows]
+    return told
+
+
+def vocabulary(words: str | None, n: int) -> list[str]:
+    """n words by token, from {word: token}; without the file <1>, <2>, ... stand for them."""
+    if words is None:
+        return ["<pad>", *(f"<{i}>" for i in range(1, n - 3)), "<unk>", "<start>", "<end>"]
+    try:
+        tokens = json.loads(Path(words).read_text())
+        if sorted(tokens.values()) != list(range(n)):
+            raise ValueError(f"{len(tokens)} words, the head has {n}, each with a token 0..{n - 1}")
+        return sorted(tokens, key=tokens.get)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"--words {words}: {error}") from error
+
+
+def released_features(name: str) -> dict:
+    """What the release trained on (see common.features_of)."""
+    return {"backbone": name, "no_cls": True, "imagenet_norm": True, "source": "TencentARC/ViSFT"}
+
+
+# --- export
+
+
+def export(args: argparse.Namespace) -> None:
+    """Check all, then write DST and its model card."""
+    dst = Path(args.dst)
+    suffix = SUFFIX[args.to]
+    if suffix and (dst.suffix != suffix or dst.is_dir()):
+        raise ValueError(f"{dst}: --to {args.to} writes a {suffix} file")
+    if not suffix and (dst.is_file() or (dst.is_dir() and any(dst.iterdir()))):
+        raise ValueError(f"{dst} is there already: --to {args.to} writes a new folder")
+    if args.to == "peft" and args.lora == "none":
+        raise ValueError("--to peft writes the LoRA alone: pass --lora FILE")
+    for file in args.results:
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"--results {file}: no such file")
+    state = vit.read(args.weights)
+    source = vit.recognize(state)
+    needed = {"open_clip": CLIP, "blip2": ("blip2", "blip2_vision")}.get(args.to, vit.TOWERS)
+    if source not in needed or (args.to == "open_clip" and not any(k.startswith("text.") for k in state)):
+        raise ValueError(
+            f"{args.weights} is {source or 'no ViT'}: --to {args.to} needs a whole {' or '.join(needed)}"
+        )
+    if args.to == "blip2" and not Path(args.weights).is_dir():
+        raise ValueError(f"{args.weights}: --to blip2 needs the folder that save_pretrained wrote")
+    tower = vit.tower(state, source)
+    if args.to in ("blip2", "peft") and not args.model:  # any size: only the LoRA has to fit
+        name = f"the vision tower of {Path(args.weights).name}"
+    else:
+        name = fits(tower, args.weights, args.model)
+    header, updates, told = {}, {}, []
+    if args.lora != "none":
+        header, updates, told = read_lora(args.lora, tower, source, args.weights)
+
+    use = {"dst": dst, "timm": vit.TIMM_NAMES.get(name, name).split(".")[0], "more": ""}
+    if args.to == "timm":
+        use["more"] = "" if any(k.startswith("head.") for k in tower) else "num_classes=0, "
+    if name not in MODELS.values():  # others may average the patches, under another name of the norm
+        use["more"] += 'global_pool="token", '
+    if name == "eva_g_blip2":
+        use["timm"], use["more"] = vit.TIMM_NAMES["eva_g"].split(".")[0], use["more"] + "depth=39, "
+    text = card(args, name, header, told, USE[args.to].format(**use))
+    if args.to == "peft":
+        write_peft(dst, updates, header, source, args.weights, text)
+    elif args.to == "blip2":
+        write_blip2(dst, Path(args.weights), {vit.file_name(k, source): u for k, u in updates.items()}, text)
+    else:
+        rest = {}
+        if args.to != "timm" and source in CLIP:
+            rest = {k: v for k, v in state.items() if vit.timm_name(k, source) is None}
+        out = {vit.file_name(k, args.to): merge(v, updates.get(k)) for k, v in tower.items()} | rest
+        write_file(dst, out, text)
+    print(f"{dst}: {args.weights} ({source}) + {args.lora}", *told, USE[args.to].format(**use), sep="\n  ")
+
+
+def read_lora(path: str, tower: dict[str, Tensor], source: str, weights: str) -> tuple[dict, dict, list[str]]:
+    """Its header; {name of a weight: LoRALinear}; what was left out. Raises ValueError if it does not fit."""
+    header = lora.read_header(path)
+    with safe_open(path, "pt") as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}
+    rank, told = header["rank"], []
+    layers = [
+        k.removesuffix(".weight")
+        for k in tower
+        if k.endswith(tuple(f".{t}.weight" for t in header["targets"]))
+    ]
+    depth = len({layer.split(".")[1] for layer in layers})
+    if source in ("lavis", "blip2", "blip2_vision"):
+        dropped = [k for k in state if k.startswith(f"blocks.{depth}.")]
+        state = {k: v for k, v in state.items() if k not in dropped}
+        told = [f"left out: {k}, of a block that BLIP-2 does not have" for k in dropped]
+    expected, updates = {}, {}
+    for layer in layers:
+        rows, columns = tower[f"{layer}.weight"].shape
+        fused = rows == 3 * columns
+        linear = nn.Linear(columns, rows, bias=False, device="meta")
+        update = lora.LoRALinear(linear, rank, header["alpha"], *((3, (0, 2)) if fused else (1, (0,))))
+        expected |= {f"{layer}.{part}": getattr(update, part) for part in ("lora_A", "lora_B")}
+        updates[f"{layer}.weight"] = update
+    vit.check(state, expected, f"{path}, tuned on {header.get('backbone', '?')}, does not fit {weights}")
+    for layer in layers:
+        for part in ("lora_A", "lora_B"):
+            setattr(
+                updates[f"{layer}.weight"], part, nn.Parameter(state[f"{layer}.{part}"], requires_grad=False)
+            )
+    return header, updates, told
+
+
+def merge(weight: Tensor, update: lora.LoRALinear | None) -> Tensor:
+    """W + (alpha / rank) B A, in fp32: half precision would round most of the update away."""
+    return weight if update is None else weight.float() + update.delta()
+
+
+def write_file(dst: Path, state: dict[str, Tensor], text: str) -> None:
+    with whole(dst, size(state)) as part:
+        if dst.suffix == ".safetensors":
+            save_file({k: v.contiguous() for k, v in state.items()}, part, metadata={"format": "pt"})
+        else:
+            torch.save(state, part)
+    dst.with_suffix(".md").write_text(text)
+
+
+def write_blip2(dst: Path, base: Path, updates: dict[str, lora.LoRALinear], text: str) -> None:
+    """A copy of the folder with the LoRA merged into its vision tower, one file at a time."""
+    left_out = shutil.ignore_patterns("*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", ".*")
+    files = sorted(base.glob("*.safetensors"))
+    with whole(dst, 2 * sum(file.stat().st_size for file in files)) as part:
+        shutil.copytree(base, part, ignore=left_out)
+        grown = 0
+        for file in files:
+            state = load_file(file)
+            out = {k: merge(v, updates.get(k)) for k, v in state.items()}
+            grown += size(out) - size(state)
+            save_file(out, part / file.name, metadata={"format": "pt"})
+        index = part / "model.safetensors.index.json"
+        if index.exists():
+            content = json.loads(index.read_text())
+            content.setdefault("metadata", {})["total_size"] = (
+                content["metadata"].get("total_size", 0) + grown
+            )
+            index.write_text(json.dumps(content, indent=2))
+        (part / "README.md").write_text(text)
+
+
+def write_peft(dst: Path, updates: dict, header: dict, source: str, weights: str, text: str) -> None:
+    """The LoRA alone. PEFT has one product for all rows of a Linear, so a fused qkv gets rank 2 r, not r:
+
+    [[B_q, 0], [0, 0], [0, B_v]] [A_q; A_v] is the same update, with zeros in the rows of k.
+    """
+    state, targets, factor = {}, [], 1
+    for name, update in updates.items():
+        target, B = vit.file_name(name.removesuffix(".weight"), source), update.lora_B
+        if update.blocks == 3:
+            (q, v), zeros, factor = B.chunk(2), torch.zeros(len(B) // 2, B.shape[1]), 2
+            B = torch.cat([torch.cat([q, zeros, zeros]), torch.cat([zeros, zeros, v])], 1)  # (3 D, 2 r)
+        state[f"base_model.model.{target}.lora_A.weight"] = update.lora_A.contiguous()
+        state[f"base_model.model.{target}.lora_B.weight"] = B.contiguous()
+        targets.append(target)
+    config = {
+        "peft_type": "LORA", "base_model_name_or_path": weights, "target_modules": targets, "bias": "none",
+        "r": factor * header["rank"], "lora_alpha": factor * header["alpha"], "lora_dropout": 0.0,
+        "inference_mode": True,
+    }  # fmt: skip
+    with whole(dst, size(state)) as part:
+        part.mkdir()
+        save_file(state, part / "adapter_model.safetensors", metadata={"format": "pt"})
+        (part / "adapter_config.json").write_text(json.dumps(config, indent=2))
+        (part / "README.md").write_text(text)
+
+
+def card(args: argparse.Namespace, name: str, header: dict, told: list[str], use: str) -> str:
+    """The model card: how to load it, what it is made of, how it was tuned, what it scores."""
+    weights = Path(args.weights)
+    made_of = sorted(weights.glob("*.safetensors")) if weights.is_dir() else [weights]
+    run, options = Path(args.lora).parent / "last.pt", None
+    if header:
+        made_of.append(Path(args.lora))
+        if run.is_file():
+            options = torch.load(run, "cpu", weights_only=True, mmap=True)["options"]
+    results = {file: json.loads(Path(file).read_text()) for file in args.results}
+    what = "PEFT adapter" if args.to == "peft" else "merged into the weights" if header else "none"
+    lines = [
+        f"# {name}{' after ViSFT' if header else ''}, for {args.to}",
+        "",
+        "Made by convert.py of a reimplementation of *Supervised Fine-tuning in turn Improves Visual",
+        "Foundation Models* (arXiv 2401.10222). Load it, in fp32 (half precision rounds most of the update",
+        "away), with",
+        "",
+        f"    {use}",
+        "",
+        f"LoRA: {what}. {json.dumps(header) if header else ''}",
+        *(f"- {line}" for line in told),
+        "",
+        "| made of | sha256 |",
+        "|---|---|",
+        *(f"| {file} | {evaluation.sha256(file)} |" for file in made_of),
+    ]
+    for title, content in {"Options and data of the tuning": options, **results}.items():
+        if content is not None:
+            lines += ["", f"## {title}", "", "```json", json.dumps(content, indent=1, default=str), "```"]
+    return "\n".join(lines) + "\n"
+
+
+# --- both
+
+
+def fits(tower: dict[str, Tensor], src: str | Path, given: str | None) -> str:
+    """The --model that the tower is. Raises ValueError if it is none, or not the one given."""
+    blocks = {k.split(".")[1] for k in tower if k.startswith("blocks.")}
+    dim = tower["patch_embed.proj.weight"].shape[0] if "patch_embed.proj.weight" in tower else 0
+    name = given or model_name(dim, len(blocks), src, None)
+    with torch.device("meta"):
+        expected = vit.Backbone(name).vit.state_dict()
+    body = {k: v for k, v in tower.items() if not k.startswith("head.")}
+    vit.check(body, expected, f"{src} does not fit --model {name}")
+    return name
+
+
+def model_name(dim: int, depth: int, src: str | Path, given: str | None) -> str:
+    """Which model has this width and this many blocks. Raises ValueError if none, or not the one given."""
+    if given:
+        with torch.device("meta"):
+            backbone = vit.Backbone(given)
+        have = (backbone.dim, len(backbone.vit.blocks))
+        if have != (dim, depth):
+            raise ValueError(
+                f"{src}: width {dim}, {depth} blocks; --model {given} has width {have[0]}, {have[1]} blocks"
+            )
+    elif (dim, depth) not in MODELS:
+        raise ValueError(
+            f"{src}: width {dim}, {depth} blocks: none of {', '.join(MODELS.values())}: pass --model"
+        )
+    return given or MODELS[dim, depth]
+
+
+def size(state: dict[str, Tensor]) -> int:
+    return sum(value.nbytes for value in state.values())
+
+
+@contextmanager
+def whole(dst: Path, need: int) -> Iterator[Path]:
+    """A place to write to that becomes `dst` once all is there: `dst` is replaced whole or not touched."""
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(dst.parent).free
+    if free < need:
+        raise ValueError(
+            f"{dst}: needs {need / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB: nothing written"
+        )
+    part = dst.with_name(f"{dst.name}.tmp")
+    try:
+        yield part
+        part.replace(dst)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{dst}: not written: {error}") from error
+    finally:
+        shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    common.launch(main)
