@@ -388,6 +388,25 @@ def test_segmentation_layers_are_the_authors(tmp_path, run):
     assert "toothbrush" in out
 
 
+@pytest.mark.skipif("captioning" not in heads.HEADS, reason="needs the captioning head")
+def test_the_authors_captioning_head(tmp_path, run):
+    """Names and shapes are ours after the prefix; the words come from their WORDMAP file."""
+    tokens = {f"word{i}": i for i in range(1, 9487)}
+    tokens |= {"<unk>": 9487, "<start>": 9488, "<end>": 9489, "<pad>": 0}
+    (tmp_path / "words.json").write_text(json.dumps(tokens))
+    release, head, _ = imported("captioning", tmp_path, run, "--words", tmp_path / "words.json")
+    state = {f"caption_decoder.{name}": value for name, value in head.state_dict().items()}
+    assert len(release) == 19 and state.keys() == release.keys()
+    assert all(torch.equal(state[name], value) for name, value in release.items())
+    assert all(tokens[word] == i for i, word in enumerate(head.config["vocabulary"]))
+    _, head, _ = imported("captioning", tmp_path, run)
+    assert head.config["vocabulary"][:2] == ["<pad>", "<1>"] and len(head.config["vocabulary"]) == 9490
+    (tmp_path / "words.json").write_text(json.dumps({"a": 1}))
+    options = (tmp_path / "heads.ckpt", tmp_path / "c.safetensors", "--words", tmp_path / "words.json")
+    code, _, err = run("convert", "import", *options)
+    assert code == 2 and "1 words, the head has 9490" in err
+
+
 def test_a_file_with_more_heads_asks_which(tmp_path, run):
     both = release_head("detection") | release_head("segmentation")
     torch.save({"model": both, "epoch": 1}, tmp_path / "visft_final.pth")
