@@ -22,7 +22,7 @@ import blip2
 import common
 import evaluation
 from caption_scores import caption_scores
-from data import vqa
+from data import zeroshot
 
 DOMAINS = ("in-domain", "near-domain", "out-domain")  # NoCaps'; "overall" is all of them
 
@@ -54,12 +54,11 @@ def main() -> None:
         for found in captions:
             evaluation.check_images([item["id"] for item in E], found)
         return report(args, E, dict(zip(variants, captions, strict=True)), {}, [])
-    images = vqa.Images(args.images, [item["image"] for item in E])
+    files = zeroshot.locate(args.images, [item["image"] for item in E], args.captions)
 
     # --- model
     blip = blip2.Blip2(args.blip2, ranks.dtype, ranks.device)
     become, notes = blip.attach(args.lora)
-    images.transform = blip.transform
     settings = blip2.generation_settings(args, length_penalty=1.0)
     protocol = {"generation": settings, "prompt": args.prompt, "blip2": blip.version}
 
@@ -68,12 +67,12 @@ def main() -> None:
     # Alg. 3, line 1: initialize results list R_o, with what a killed run has left behind
     R_o = evaluation.Answers(args, ranks, {**protocol, "files": hashes})
     done = {i for i, item in enumerate(E) if R_o.have([item["id"]], variants)}
-    batches = evaluation.loader(images, args, ranks, vqa.collate, done)
+    batches = evaluation.loader(zeroshot.Pictures(files, blip.transform), args, ranks, zeroshot.collate, done)
 
     # --- loop
-    for index, x in tqdm(batches, disable=ranks.rank > 0):  # Alg. 3, line 2: for x in E_o(x)
-        if isinstance(x, str):
-            raise ValueError(x)
+    for index, x, unread in tqdm(batches, disable=ranks.rank > 0):  # Alg. 3, line 2: for x in E_o(x)
+        for why in unread.values():
+            raise ValueError(why)
         found = {}
         for variant in variants:
             become(variant)

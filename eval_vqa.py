@@ -21,7 +21,7 @@ from tqdm import tqdm
 import blip2
 import common
 import evaluation
-from data import vqa
+from data import vqa, zeroshot
 
 NAMES = {"vqav2": "VQAv2", "okvqa": "OK-VQA", "gqa": "GQA"}  # Table 7's columns
 RULES = {"lavis": vqa.lavis_accuracy, "official": vqa.official_accuracy}
@@ -75,12 +75,11 @@ def main() -> None:
     groups: dict[str, list[vqa.Question]] = {}  # an image goes through M once for all its questions
     for q in E:
         groups.setdefault(q.image, []).append(q)
-    images, groups = vqa.Images(args.images, list(groups)), list(groups.values())
+    files, groups = zeroshot.locate(args.images, groups, args.questions), list(groups.values())
 
     # --- model
     blip = blip2.Blip2(args.blip2, ranks.dtype, ranks.device)
     become, notes = blip.attach(args.lora)
-    images.transform = blip.transform
     settings = blip2.generation_settings(args, LENGTH_PENALTY[blip.config.text_config.model_type])
     protocol = {"generation": settings, "prompt": args.prompt, "prompt tokens at most": blip2.QUESTION_TOKENS}
 
@@ -89,14 +88,13 @@ def main() -> None:
     # Alg. 3, line 1: initialize results list R_o, with what a killed run has left behind
     R_o = evaluation.Answers(args, ranks, {**protocol, "blip2": blip.version, "files": hashes})
     done = {i for i, group in enumerate(groups) if R_o.have([q.id for q in group], variants)}
-    batches = evaluation.loader(images, args, ranks, vqa.collate, done)
+    batches = evaluation.loader(zeroshot.Pictures(files, blip.transform), args, ranks, zeroshot.collate, done)
 
     # --- loop
-    for index, x in tqdm(
-        batches, NAMES[args.kind], disable=ranks.rank > 0
-    ):  # Alg. 3, line 2: for x in E_o(x)
-        if isinstance(x, str):
-            raise ValueError(x)
+    # Alg. 3, line 2: for x in E_o(x)
+    for index, x, unread in tqdm(batches, NAMES[args.kind], disable=ranks.rank > 0):
+        for why in unread.values():
+            raise ValueError(why)
         questions = [q for i in index for q in groups[i]]
         of_image = [row for row, i in enumerate(index) for _ in groups[i]]
         prompts = [args.prompt.replace("{}", blip2.clean_question(q.text)) for q in questions]

@@ -12,11 +12,6 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from PIL import Image
-from torch import Tensor
-from torch.utils.data import Dataset
-
 HUMANS = 10
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'  # in this order
 NUMBERS = "zero one two three four five six seven eight nine ten".split()
@@ -136,43 +131,6 @@ def results(kind: str, answers: dict) -> list[dict]:
     """{question id: answer} in the official format of `kind`."""
     key, value = ("questionId", "prediction") if kind == "gqa" else ("question_id", "answer")
     return [{key: question, value: answer} for question, answer in answers.items()]
-
-
-def locate(root: str | Path, name: str) -> Path | None:
-    """The image under its name or COCO 2017's, the number alone, in ROOT or its subset's folder."""
-    number = re.search(r"(\w+)_(\d{12}\.jpg)$", name)
-    names = [name, Path(name).name, *([number[2]] if number else [])]
-    folders = ["", "val2014", "train2014", "val2017", "train2017", "images"]
-    return next((p for n in names for f in folders if (p := Path(root) / f / n).is_file()), None)
-
-
-class Images(Dataset):
-    """(i, (3, h, w)) of the i-th image of ROOT, or (i, why it cannot be read).
-
-    Raises ValueError naming images that are not there.
-    """
-
-    def __init__(self, root: str | Path, names: list[str], transform=None):
-        self.files, self.transform = [locate(root, name) for name in names], transform
-        if lost := [name for name, file in zip(names, self.files, strict=True) if file is None]:
-            raise ValueError(f"{len(lost)} of {len(names)} images are not in {root}: {', '.join(lost[:3])}")
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, i: int) -> tuple[int, Tensor | str]:
-        try:
-            with Image.open(self.files[i]) as image:
-                return i, self.transform(image.convert("RGB"))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            return i, f"{self.files[i]} cannot be decoded ({error})"
-
-
-def collate(items: list[tuple[int, Tensor | str]]) -> tuple[list[int], Tensor | str]:
-    """Indices and (b, 3, h, w); or why one of them cannot be read."""
-    index, images = zip(*items, strict=True)
-    bad = next((image for image in images if isinstance(image, str)), None)
-    return list(index), bad or torch.stack(images)
 
 
 # --- rules

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -270,3 +271,43 @@ def test_candidates_and_rerank_by_hand():
     torch.testing.assert_close(blip2.rerank(similarity, of_caption, matched), expected)
     everything = blip2.candidates(similarity)  # 128 of fewer: all
     assert everything[0].all() and everything[1].all()
+
+
+def test_retrieval_end_to_end_is_a_brute_force_count(folders, tmp_path, run):
+    """Every pair re-ranked: recalls counted one by one from the scores checked above, before and after."""
+    rng, items = np.random.default_rng(0), []
+    for i in range(8):
+        Image.fromarray(rng.integers(0, 256, (50, 70, 3), dtype=np.uint8)).save(tmp_path / f"{i}.jpg")
+        words = " ".join(tiny_blip2.TEXT).split()
+        captions = [" ".join(rng.choice(words, 6)) for _ in range(2)]
+        items.append({"image": f"{i}.jpg", "caption": captions})
+    (tmp_path / "captions.json").write_text(json.dumps(items))
+    file = lora_file(tmp_path / "lora.safetensors", tiny_blip2.BLOCKS + 1)
+    options = ["--captions", tmp_path / "captions.json", "--images", tmp_path, "--out", tmp_path / "out"]
+    options += ["--blip2", folders["retrieval"], "--compare", file, "--workers", 0, "--batch", 3]
+    code, out, err = run("eval_zeroshot", "retrieval", *options)
+    assert code == 0 and "left out" in out, err
+    rows = {row["metric"]: row for row in json.loads((tmp_path / "out/result.json").read_text())["rows"]}
+
+    model = blip2.Blip2(str(folders["retrieval"]), torch.float32, "cpu", retrieval=True)
+    become, _ = model.attach(file)
+    tokens = model.caption_tokens([caption for item in items for caption in item["caption"]])
+    x = torch.stack([model.transform(Image.open(tmp_path / item["image"])) for item in items])
+    for variant in ("before", "after"):
+        become(variant)
+        f = model.vision(x)
+        itc = blip2.contrast(model.image_features(f), model.text_features(tokens))  # (T, I)
+        itm = itc + torch.stack([model.match(f, [t] * len(f)) for t in tokens])
+        for way, scores in (("ITC", itc), ("ITM", itm)):
+            order = scores.argsort(0, descending=True)[:5]  # captions of each image
+            hits = sum(any(int(t) // 2 == i for t in order[:, i]) for i in range(8))
+            assert rows[f"{way} TR@5"][variant] == pytest.approx(100 * hits / 8)
+            order = scores.argsort(1, descending=True)[:, :5]
+            hits = sum(t // 2 in order[t].tolist() for t in range(16))
+            assert rows[f"{way} IR@5"][variant] == pytest.approx(100 * hits / 16)
+    assert rows["ITC TR@5"] != rows["ITM TR@5"] and rows["ITM IR@5"]["n"] == 16
+
+    code, _, err = run("eval_zeroshot", "retrieval", *options, "--clip-weights", "random")
+    assert code == 2 and "--clip-weights goes with --clip" in err
+    code, _, err = run("eval_zeroshot", "retrieval", *options[:-8], "--blip2", folders["opt"])
+    assert code == 2 and "not Blip2ForImageTextRetrieval" in err

@@ -183,7 +183,7 @@ def test_bad_files_are_refused(tmp_path, run, blip):
     assert "question 986 is on image 5, its annotation on 77" in told(a=moved)
     assert "not vqav2's official files" in told(q={"questions": [{}]})
     (tmp_path / "set/images/COCO_val2014_000000000002.jpg").write_bytes(b"no image")
-    assert "000000000002.jpg cannot be decoded" in told()
+    assert "000000000002.jpg: UnidentifiedImageError" in told()
     (tmp_path / "set/images/COCO_val2014_000000000002.jpg").unlink()
     assert "1 of 5 images are not in" in told()
 
