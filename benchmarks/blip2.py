@@ -3,8 +3,8 @@
     PYTHONPATH=. python benchmarks/blip2.py
 
 Random BLIP-2s (tests/tiny_blip2.py; --width and --layers of the language model), 10 new tokens, greedy or by
-5 beams, as eval_vqa.py asks. `transformers` is its own generate, one question at a time, M included every time,
-as a script after its model card does. Interleaved; medians. On a GPU in bf16, on a CPU in fp32.
+5 beams, as eval_vqa.py asks. `transformers` is its own generate, one question at a time, M each time, as a
+script after its model card does. Interleaved; medians. On a GPU in bf16, on a CPU in fp32.
 """
 
 import argparse

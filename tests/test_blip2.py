@@ -274,7 +274,7 @@ def test_candidates_and_rerank_by_hand():
 
 
 def test_retrieval_end_to_end_is_a_brute_force_count(folders, tmp_path, run):
-    """Every pair re-ranked: recalls counted one by one from the scores checked above, before and after."""
+    """Every pair, then two of each ranking re-ranked: recalls counted one by one from the scores above."""
     rng, items = np.random.default_rng(0), []
     for i in range(8):
         Image.fromarray(rng.integers(0, 256, (50, 70, 3), dtype=np.uint8)).save(tmp_path / f"{i}.jpg")
@@ -285,27 +285,32 @@ def test_retrieval_end_to_end_is_a_brute_force_count(folders, tmp_path, run):
     file = lora_file(tmp_path / "lora.safetensors", tiny_blip2.BLOCKS + 1)
     options = ["--captions", tmp_path / "captions.json", "--images", tmp_path, "--out", tmp_path / "out"]
     options += ["--blip2", folders["retrieval"], "--compare", file, "--workers", 0, "--batch", 3]
-    code, out, err = run("eval_zeroshot", "retrieval", *options)
-    assert code == 0 and "left out" in out, err
-    rows = {row["metric"]: row for row in json.loads((tmp_path / "out/result.json").read_text())["rows"]}
-
     model = blip2.Blip2(str(folders["retrieval"]), torch.float32, "cpu", retrieval=True)
     become, _ = model.attach(file)
     tokens = model.caption_tokens([caption for item in items for caption in item["caption"]])
     x = torch.stack([model.transform(Image.open(tmp_path / item["image"])) for item in items])
-    for variant in ("before", "after"):
-        become(variant)
-        f = model.vision(x)
-        itc = blip2.contrast(model.image_features(f), model.text_features(tokens))  # (T, I)
-        itm = itc + torch.stack([model.match(f, [t] * len(f)) for t in tokens])
-        for way, scores in (("ITC", itc), ("ITM", itm)):
-            order = scores.argsort(0, descending=True)[:5]  # captions of each image
-            hits = sum(any(int(t) // 2 == i for t in order[:, i]) for i in range(8))
-            assert rows[f"{way} TR@5"][variant] == pytest.approx(100 * hits / 8)
-            order = scores.argsort(1, descending=True)[:, :5]
-            hits = sum(t // 2 in order[t].tolist() for t in range(16))
-            assert rows[f"{way} IR@5"][variant] == pytest.approx(100 * hits / 16)
-    assert rows["ITC TR@5"] != rows["ITM TR@5"] and rows["ITM IR@5"]["n"] == 16
+    for k in (128, 2):
+        code, out, err = run("eval_zeroshot", "retrieval", *options, "--rerank", k)
+        assert code == 0 and "left out" in out, err
+        rows = json.loads((tmp_path / "out/result.json").read_text())["rows"]
+        rows = {row["metric"]: row for row in rows}
+        for variant in ("before", "after"):
+            become(variant)
+            f = model.vision(x)
+            itc = blip2.contrast(model.image_features(f), model.text_features(tokens))  # (T, I)
+            itm = itc + torch.stack([model.match(f, [t] * len(f)) for t in tokens])
+            found = dict.fromkeys(("ITC TR@1", "ITC IR@1", "ITM TR@1", "ITM IR@1"), 0)
+            for i in range(8):  # of the k captions nearest to an image, the best by ITM + ITC
+                near = itc[:, i].argsort(descending=True)[:k]
+                found["ITC TR@1"] += int(near[0]) // 2 == i
+                found["ITM TR@1"] += int(near[itm[near, i].argmax()]) // 2 == i
+            for t in range(16):
+                near = itc[t].argsort(descending=True)[:k]
+                found["ITC IR@1"] += int(near[0]) == t // 2
+                found["ITM IR@1"] += int(near[itm[t, near].argmax()]) == t // 2
+            for metric, hits in found.items():
+                assert rows[metric][variant] == pytest.approx(100 * hits / (8 if "TR" in metric else 16))
+    assert rows["ITC IR@5"]["n"] == 16 and rows["ITM TR@5"]["n"] == 8
 
     code, _, err = run("eval_zeroshot", "retrieval", *options, "--clip-weights", "random")
     assert code == 2 and "--clip-weights goes with --clip" in err
