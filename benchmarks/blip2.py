@@ -1,6 +1,6 @@
 """BLIP-2: batches against one prompt at a time, M once per image against once per question, ITM's pairs.
 
-    PYTHONPATH=. python benchmarks/blip2.py
+    python benchmarks/blip2.py
 
 Random BLIP-2s (tests/tiny_blip2.py; --width and --layers of the language model), 10 new tokens, greedy or by
 5 beams, as eval_vqa.py asks. `transformers` is its own generate, one question at a time, M each time, as a
@@ -11,15 +11,19 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import tempfile
 import time
+from pathlib import Path
 
 import torch
 import transformers
 
-import blip2
-import evaluation
-from tests import tiny_blip2
+sys.path[0] = str(Path(__file__).parents[1])  # else `import blip2` and `import lora` are the benchmarks
+
+import blip2  # noqa: E402
+import evaluation  # noqa: E402
+from tests import tiny_blip2  # noqa: E402
 
 QUESTIONS = ["what is this?", "how many dogs are there in the picture?", "is it a yellow bus?", "why?"]
 
