@@ -6,6 +6,7 @@ The paper's, before and after ViSFT, in one pass over the images:
         --set imagenet-1k=imagenet/val --set imagenet-a=imagenet-a --set eurosat=EuroSAT ...
     torchrun --nproc_per_node 8 eval_zeroshot.py retrieval --compare out/visft/lora_005000.safetensors \\
         --captions dataset_coco.json --images coco
+    torchrun --nproc_per_node 8 eval_zeroshot.py retrieval --blip2 Salesforce/blip2-itm-vit-g --compare ...
 
 Any open_clip model goes by its name (--clip), or by a config file of its own; LoRA needs a timm vision tower,
 such as EVA's. Prints the paper's table and every difference with its 95% interval; writes OUT/result.json.
@@ -27,6 +28,7 @@ from torchvision.transforms import Compose, Normalize, PILToTensor, ToTensor
 from tqdm import tqdm
 
 import backbone as vit  # registers eva_mini with timm
+import blip2
 import common
 import evaluation
 import lora
@@ -136,6 +138,16 @@ def check_clip(args: argparse.Namespace) -> dict:
         if tuned and _architecture(vit.TIMM_NAMES.get(tuned, tuned)) != _architecture(tower):
             raise ValueError(f"{args.lora} was tuned on {tuned}; the tower of --clip {args.clip} is {tower}")
     return config
+
+
+def check_blip2(args: argparse.Namespace) -> None:
+    if args.clip_weights:
+        raise ValueError("--clip-weights goes with --clip; --blip2 has its weights")
+    if args.rerank < 1:
+        raise ValueError(f"--rerank must be at least 1, got {args.rerank}")
+    config = blip2.read_config(args.blip2, retrieval=True)
+    if args.lora:
+        blip2.spare_block(args.lora, config)
 
 
 def _architecture(timm_name: str) -> str:
@@ -258,6 +270,62 @@ def report(rows: list[dict], variants: list[str], task: str) -> None:
     print(evaluation.table(columns, lines))
 
 
+def retrieve_with_blip2(args, E: zeroshot.Benchmark, variants: list[str], ranks: common.Ranks) -> None:
+    """Table 6, lower half: by ITC alone, then with the K best of every ranking ranked again by ITM + ITC."""
+    blip = blip2.Blip2(args.blip2, ranks.dtype, ranks.device, retrieval=True)
+    become, notes = blip.attach(args.lora)
+    tokens, n = blip.caption_tokens(E.texts), len(E.images)
+    mine = range(ranks.rank, len(tokens), ranks.world)
+    W = torch.zeros(len(tokens), blip.config.image_text_hidden_size, device=ranks.device)  # (T, d)
+    if mine:
+        W[mine.start :: mine.step] = blip.text_features([tokens[t] for t in mine])
+    dist.all_reduce(W)
+    R = {v: W.new_zeros(n, blip.config.num_query_tokens, W.shape[1]) for v in variants}  # Alg. 3, line 1
+    kept, bad = {variant: [] for variant in variants}, {}
+    batches = evaluation.loader(zeroshot.Pictures(E.images, blip.transform), args, ranks, zeroshot.collate)
+    for index, x, unread in tqdm(batches, E.name, disable=ranks.rank > 0):  # Alg. 3, line 2
+        bad |= unread
+        for variant in variants if x is not None else ():
+            become(variant)
+            f = blip.vision(x)  # Alg. 3, line 3: f* = M(x; dW*)
+            R[variant][index.to(ranks.device)] = blip.image_features(f)  # Alg. 3, line 4
+            kept[variant].append(f)  # for the matching of this rank's images
+    check_images(E, torch.zeros(n), evaluation.gather(bad), args.task)
+    y, scores = E.target.to(ranks.device), {}
+    for variant in variants:  # Alg. 3, line 6: accumulate results, Metric(E_o(y), R_o)
+        dist.all_reduce(R[variant])
+        similarity = blip2.contrast(R[variant], W)  # (T, I)
+        of_caption, of_image = blip2.candidates(similarity, args.rerank)
+        matched = torch.zeros_like(similarity)
+        if kept[variant]:
+            own = slice(ranks.rank, None, ranks.world)
+            pairs = (of_caption | of_image)[:, own].T.nonzero().flip(1)  # (pairs, 2), image by image
+            logits = blip.match_pairs(torch.cat(kept[variant]), tokens, pairs, args.batch)
+            matched[:, own][pairs[:, 0], pairs[:, 1]] = logits
+        dist.all_reduce(matched)
+        found = {f"ITC {metric}": score for metric, score in recall(similarity, y).items()}
+        for way, chosen in (("TR", of_image), ("IR", of_caption)):
+            again = recall(blip2.rerank(similarity, chosen, matched), y)
+            found |= {f"ITM {metric}": score for metric, score in again.items() if metric.startswith(way)}
+        scores[variant] = found
+    if ranks.rank > 0:
+        return
+    metrics = scores[variants[0]]
+    rows = [
+        row(E.name, m, {v: scores[v][m] for v in variants}, len(tokens) if " IR" in m else n) for m in metrics
+    ]
+    print(*E.notes, *notes, sep="\n")
+    report(rows, variants, args.task)
+    protocol = {
+        "blip2": blip.version,
+        "ITM re-ranks": args.rerank,
+        "ties": "against the model",
+        "notes": notes,
+    }
+    result = {"task": args.task, "rows": rows, "protocol": protocol | {"sets": E.notes}}
+    evaluation.write_result(args, result, [args.captions, args.lora, *blip.files])
+
+
 def main() -> None:
     # --- options
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -265,7 +333,9 @@ def main() -> None:
     for task, table in (("classification", 5), ("retrieval", 6)):
         t = tasks.add_parser(task, help=f"Table {table}")
         add = t.add_argument
-        add("--clip", default="EVA02-E-14-plus", metavar="NAME|CONFIG.json", help="a model of open_clip")
+        which = t.add_mutually_exclusive_group()
+        clip = dict(default="EVA02-E-14-plus", metavar="NAME|CONFIG.json", help="a model of open_clip")
+        which.add_argument("--clip", **clip)
         weights = "a file, a name of open_clip's (downloads; default: its first), or `random`"
         add("--clip-weights", metavar="FILE|TAG", help=weights)
         add("--text-cache", default="out/texts", metavar="DIR", help="keeps text features for the next run")
@@ -274,12 +344,17 @@ def main() -> None:
             known = f"one of {', '.join(zeroshot.KNOWN)}, or any other if DIR has a names.json; repeatable"
             add("--set", dest="sets", action="append", required=True, metavar="NAME=DIR", help=known)
         else:
+            blip = "a folder, or a name on the hub: the first stage of BLIP-2 instead of CLIP"
+            which.add_argument("--blip2", metavar="DIR|NAME", help=blip)
+            top = "how many of each ranking BLIP-2's matching head ranks again (LAVIS: 128)"
+            add("--rerank", type=int, default=blip2.RERANKED, metavar="K", help=top)
             formats = "Karpathy's JSON (its test images), COCO's captions, or a list of image and caption"
             add("--captions", required=True, metavar="FILE", help=formats)
             add("--images", required=True, metavar="DIR", help="folder of the images that FILE names")
     args = p.parse_args()
     variants = evaluation.check_options(args)
-    config = check_clip(args)
+    with_blip2 = getattr(args, "blip2", None)
+    config = check_blip2(args) if with_blip2 else check_clip(args)
     sets = dict(s.partition("=")[::2] for s in getattr(args, "sets", ()))
     if args.task == "classification" and ("" in (*sets, *sets.values()) or len(sets) < len(args.sets)):
         raise ValueError(f"--set wants NAME=DIR, each NAME once; got {' '.join(args.sets)}")
@@ -295,6 +370,9 @@ def main() -> None:
         benchmarks = [zeroshot.open_set(name, sets[name], args.limit) for name in order]
     else:
         benchmarks = [zeroshot.open_captions(args.captions, args.images, args.limit)]
+
+    if with_blip2:
+        return retrieve_with_blip2(args, benchmarks[0], variants, ranks)
 
     # --- model
     clip = Clip(args.clip, args.clip_weights, ranks, args.seed)

@@ -11,14 +11,14 @@ import argparse
 import hashlib
 import json
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
 from scipy.stats import binomtest
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 
 import common
 import lora
@@ -79,11 +79,19 @@ def attach(vit: nn.Module, args: argparse.Namespace) -> Callable[[str], None]:
 # --- items
 
 
-def loader(items: Dataset, args: argparse.Namespace, ranks: common.Ranks, collate=None) -> DataLoader:
-    """This rank's share, items rank, rank + world, ...: each once over all ranks, nothing doubled to pad."""
+def loader(
+    items: Dataset, args: argparse.Namespace, ranks: common.Ranks, collate=None, done: Container[int] = ()
+) -> DataLoader:
+    """This rank's share, items rank, rank + world, ...: each once over all ranks, nothing doubled to pad.
+
+    done: items that need not come again; a batch is left out when all of it is done, so that a resumed run
+    makes the batches that it would have made
+    """
+    share = range(ranks.rank, len(items), ranks.world)
+    batches = [share[at : at + args.batch] for at in range(0, len(share), args.batch)]
     return DataLoader(
-        Subset(items, range(ranks.rank, len(items), ranks.world)),
-        args.batch,
+        items,
+        batch_sampler=[batch for batch in batches if not all(i in done for i in batch)],
         collate_fn=collate,
         num_workers=args.workers,
         pin_memory=ranks.device.type == "cuda",
@@ -102,6 +110,70 @@ def gather(mine: dict) -> dict:
     joined = {item: answer for part in parts for item, answer in part.items()}
     assert len(joined) == sum(map(len, parts)), "an item was answered on two ranks"
     return dict(sorted(joined.items()))
+
+
+class Answers:
+    """OUT/answers_RANK.jsonl: this rank's answers as they come, and those that a killed run left behind.
+
+    settings: what the answers depend on, a line at each start
+    Raises ValueError if there are answers without --resume, or with it answers under other settings.
+    """
+
+    def __init__(self, args: argparse.Namespace, ranks: common.Ranks, settings: dict):
+        out, settings = Path(args.out), json.loads(json.dumps(settings))
+        paths = sorted(out.glob("answers_*.jsonl"))
+        if paths and not args.resume:
+            raise ValueError(f"--out {out} holds answers: pass --resume to go on with them, or another --out")
+        self.found: dict = {}  # {item: {variant: answer}}
+        for line in (line for path in paths for line in path.read_text().splitlines()):
+            try:
+                content = json.loads(line)
+            except ValueError:  # cut off by a kill
+                continue
+            then = content.get("settings", settings)
+            keys = [k for k in {**then, **settings} if then.get(k) != settings.get(k)]
+            if keys:
+                changed = "; ".join(f"{k} was {then.get(k)}, is {settings.get(k)}" for k in keys)
+                raise ValueError(f"--resume {out}: changed: {changed}; put it back, or take a new --out")
+            if "item" in content:
+                self.found[content["item"]] = content["answers"]
+        out.mkdir(parents=True, exist_ok=True)
+        dist.barrier()  # everyone has read
+        path = out / f"answers_{ranks.rank}.jsonl"
+        torn = path.exists() and not path.read_text().endswith("\n")
+        self.file = open(path, "a")
+        self._write(["\n"] * torn + [json.dumps({"settings": settings}) + "\n"])
+
+    def have(self, items: Iterable, variants: list[str]) -> bool:
+        return all(variant in self.found.get(item, ()) for item in items for variant in variants)
+
+    def add(self, items: list, answers: dict[str, list]) -> None:
+        """answers: {variant: one for each of the items}"""
+        rows = [{v: answers[v][i] for v in answers} for i in range(len(items))]
+        self.found |= dict(zip(items, rows, strict=True))
+        self._write(
+            [json.dumps({"item": k, "answers": row}) + "\n" for k, row in zip(items, rows, strict=True)]
+        )
+
+    def gather(self, mine: Iterable) -> dict:
+        """{item: {variant: answer}} of all ranks; mine: the items of this rank's share."""
+        return gather({item: self.found[item] for item in mine})
+
+    def _write(self, lines: list[str]) -> None:
+        self.file.write("".join(lines))
+        self.file.flush()  # safe from a kill of this process, if not from one of the machine
+
+
+def check_images(expected, found) -> None:
+    """Raises ValueError naming images that have no prediction, and predictions for images not in the set."""
+    for what, ids in (
+        ("have no prediction", [i for i in expected if i not in found]),
+        ("are predicted for, but are not in the annotations", [i for i in found if i not in expected]),
+    ):
+        if ids:
+            raise ValueError(
+                f"{len(ids)} images {what}: {', '.join(map(str, ids[:5]))}{', ...' * (len(ids) > 5)}"
+            )
 
 
 # --- what it says
@@ -174,6 +246,14 @@ def table(columns: list[str], rows: list[list]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def write_json(path: Path, content) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".tmp")
+    part.write_text(json.dumps(content, indent=1, default=str))
+    part.replace(path)
+
+
 def write_result(args: argparse.Namespace, result: dict, files: list[str | None]) -> None:
     """OUT/result.json: the result, every option, the command, versions, and the hashes of `files`."""
     if dist.get_rank() > 0:
@@ -181,10 +261,7 @@ def write_result(args: argparse.Namespace, result: dict, files: list[str | None]
     hashes = {str(f): sha256(f) for f in files if f and Path(f).is_file()}
     content = {"partial": args.limit is not None, **result, "options": vars(args), "sha256": hashes}
     path = Path(args.out) / "result.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".json.tmp")
-    part.write_text(json.dumps({**content, **common.provenance()}, indent=1, default=str))
-    part.replace(path)
+    write_json(path, {**content, **common.provenance()})
     print(f"{path}{' (partial: --limit)' if args.limit else ''}", flush=True)
 
 

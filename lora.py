@@ -150,9 +150,10 @@ def read_header(path: str | Path) -> dict:
         raise ValueError(f"{path}: not one of our LoRA files ({type(error).__name__}: {error})") from error
 
 
-def load(model: nn.Module, path: str | Path) -> dict:
+def load(model: nn.Module, path: str | Path, without: str | None = None) -> dict:
     """Fill A and B from a file, attaching them first if need be; returns the header.
 
+    without: leave out what begins with this name, a block that the model does not have
     Raises ValueError listing what does not fit: rank, alpha, layers that the model or the file lacks, shapes.
     """
     header = read_header(path)
@@ -166,7 +167,8 @@ def load(model: nn.Module, path: str | Path) -> dict:
         raise ValueError(f"{path} has (rank, alpha) {got}; this model has {have}")
     expected = parameters(model)
     with safe_open(path, "pt") as file:
-        state = {name: file.get_tensor(name) for name in file.keys()}
+        names = [name for name in file.keys() if without is None or not name.startswith(without)]
+        state = {name: file.get_tensor(name) for name in names}
     wrong = [f"missing {name}" for name in expected if name not in state]
     wrong += [f"unexpected {name}" for name in state if name not in expected]
     wrong += [

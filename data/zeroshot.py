@@ -13,6 +13,7 @@ of `templates`.
 import csv
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib import resources
 from itertools import islice
@@ -218,16 +219,11 @@ def open_captions(file: str, folder: str, limit: int | None = None) -> Benchmark
     if silent:
         raise ValueError(f"{file}: {len(silent)} of {len(captions)} images have no caption: {silent[:3]}")
     captions = dict(islice(captions.items(), limit))
-    images = {image: _locate(Path(folder), image) for image in captions}
-    lost = [image for image, found in images.items() if found is None]
-    if lost:
-        raise ValueError(
-            f"{file}: {len(lost)} of {len(images)} images are not in {folder}: {', '.join(lost[:3])}"
-        )
+    images = locate(folder, captions, file)
     texts = [text for image in captions.values() for text in image]
     target = torch.tensor([i for i, image in enumerate(captions.values()) for _ in image])
     notes = [f"{name}: {len(images)} images, {len(texts)} captions"]
-    return Benchmark(name, list(images.values()), texts, ["{}"], target, notes)
+    return Benchmark(name, images, texts, ["{}"], target, notes)
 
 
 def _captions(content: list | dict) -> dict[str, list[str]]:
@@ -248,6 +244,16 @@ def _captions(content: list | dict) -> dict[str, list[str]]:
                 name = "/".join(filter(None, [image.get("filepath"), image["filename"]]))
                 captions[name] = [sentence["raw"] for sentence in image["sentences"]]
     return captions
+
+
+def locate(folder: str | Path, images: Iterable[str], file: str | Path) -> list[str]:
+    """The files of images that `file` names. Raises ValueError naming those that are not in the folder."""
+    found = {image: _locate(Path(folder), image) for image in images}
+    if lost := [image for image, path in found.items() if path is None]:
+        raise ValueError(
+            f"{file}: {len(lost)} of {len(found)} images are not in {folder}: {', '.join(lost[:3])}"
+        )
+    return list(found.values())
 
 
 def _locate(root: Path, image: str) -> str | None:

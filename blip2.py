@@ -1,0 +1,345 @@
+"""BLIP-2 (arXiv 2301.12597) with a vision tower M that ViSFT has tuned; the rest of it stays as it was.
+
+    blip = Blip2("Salesforce/blip2-opt-2.7b", torch.bfloat16, "cuda")   # or a local folder; OPT or T5 inside
+    become, notes = blip.attach("lora.safetensors")     # become("after"): M with dW; "before": as it was
+    f = blip.vision(images)                     # (B, N, D), M's tokens
+    texts = blip.generate(blip.queries(f), ["Question: what is this? Short answer:"] * B, GENERATION)
+
+    blip = Blip2("Salesforce/blip2-itm-vit-g", ..., retrieval=True)     # its first stage: ITC and ITM
+
+The models are transformers'. What is done here instead of in their `generate` and `forward`: M runs once per
+image however many texts go with it, and prompts have LAVIS's tokens whatever the folder's tokenizer adds.
+"""
+
+import argparse
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors import safe_open
+from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torchvision import transforms
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+import lora
+
+# Small beside M and the language model; transformers by itself keeps the Q-Former only, and only under fp16
+FP32 = ["query_tokens", "qformer", "language_projection", "vision_projection", "text_projection", "itm_head"]
+FP32 += ["word_embeddings", "position_embeddings"]  # of the first stage's captions
+LANGUAGE_MODELS = ("opt", "t5")  # those of the released BLIP-2s
+QUESTION_TOKENS, CAPTION_TOKENS = 32, 35  # of LAVIS's models: max_txt_len; retrieval
+RERANKED, OUT = 128, -100.0  # k_test of LAVIS's retrieval, and the score of what it does not re-rank
+WORDS = 50  # of a question or caption, at most: LAVIS's text processors
+
+
+class Blip2:
+    """A frozen BLIP-2 of transformers'.
+
+    path: a folder, or a name on the hub; retrieval: its first stage instead of the one with a language model
+    dtype: of M and the language model, cast as they are read; the rest stays fp32 (LAVIS)
+    transform: PIL image -> (3, h, w), LAVIS's: squashed to the model's square, bicubic, CLIP's statistics
+    Raises FileNotFoundError, or ValueError for a model of another kind or weights that are not all there.
+    """
+
+    def __init__(self, path: str, dtype: torch.dtype, device: torch.device | str, retrieval: bool = False):
+        config = read_config(path, retrieval)
+        theirs = getattr(transformers, architecture(retrieval))
+        model_class = type(theirs.__name__, (theirs,), {"_keep_in_fp32_modules_strict": FP32})
+        self.model, told = model_class.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        alien = [name for name in told["unexpected_keys"] if "lora_" in name]
+        if wrong := [*told["missing_keys"], *told["mismatched_keys"], *alien]:
+            raise ValueError(f"--blip2 {path}: {len(wrong)} weights are missing or do not fit: {wrong[:3]}")
+        self.model.to(device).eval().requires_grad_(False)
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        self.config, self.dtype, self.device = config, dtype, self.model.device
+        self.files = [str(p) for p in sorted(Path(path).glob("*.safetensors"))]  # if it is a folder
+        self.version = f"{path} {getattr(config, '_commit_hash', None) or ''}".strip()
+        self.is_opt = not retrieval and config.text_config.model_type == "opt"
+        side = config.vision_config.image_size
+        squash = transforms.Resize((side, side), transforms.InterpolationMode.BICUBIC)
+        normalize = transforms.Normalize(OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+        self.transform = transforms.Compose([squash, transforms.ToTensor(), normalize])
+
+    # --- M and dW
+
+    @property
+    def tower(self) -> nn.ModuleDict:
+        """M's attention layers under timm's names, blocks.N.attn, which LoRA files have."""
+        layers = self.model.vision_model.encoder.layers
+        return nn.ModuleDict({"blocks": nn.ModuleList(nn.ModuleDict({"attn": x.self_attn}) for x in layers)})
+
+    def attach(self, path: str | Path | None) -> tuple[Callable[[str], None], list[str]]:
+        """Load dW, if any, into M; returns what makes M the `before` or the `after` it is told, and notes.
+
+        transformers' fused qkv has timm's rows (q, k, v), so names are all that differs. EVA-ViT-G has 40
+        blocks and BLIP-2 uses 39: dW of the last has no place here. Raises ValueError if dW does not fit.
+        """
+        tower, notes = self.tower, []
+        if path:
+            spare = spare_block(path, self.config)
+            lora.load(tower, path, without=spare)
+            if spare:
+                notes.append(f"{path}: {spare} left out: BLIP-2 stops after {len(tower['blocks'])} blocks")
+        return lambda variant: lora.switch(tower, on=variant == "after") and None, notes
+
+    @torch.no_grad()
+    def vision(self, images: Tensor) -> Tensor:
+        """(B, 3, h, w) -> (B, N, D), all tokens, after BLIP-2's own LayerNorm. Raises FloatingPointError."""
+        f = self.model.vision_model(images.to(self.device, self.dtype)).last_hidden_state
+        if not f.isfinite().all():
+            raise FloatingPointError(
+                "M's features are not finite: try --backbone-dtype fp32, or another LoRA"
+            )
+        return f
+
+    # --- a language model behind M
+
+    @torch.no_grad()
+    def queries(self, f: Tensor) -> Tensor:
+        """f (B, N, D) -> (B, Q, D_lm): what the language model sees of the images."""
+        tokens = self.model.query_tokens.expand(len(f), -1, -1)
+        seen = self.model.qformer(query_embeds=tokens, encoder_hidden_states=f).last_hidden_state
+        return self.model.language_projection(seen).to(f.dtype)
+
+    def prompt_tokens(self, prompts: Sequence[str]) -> list[list[int]]:
+        """LAVIS's: OPT's begin with </s>, T5's end with it; cut on the right to QUESTION_TOKENS in all."""
+        ids = self.tokenizer(list(prompts), add_special_tokens=False).input_ids
+        config = self.config.text_config
+        if self.is_opt:
+            return [[config.bos_token_id, *t[: QUESTION_TOKENS - 1]] for t in ids]
+        return [[*t[: QUESTION_TOKENS - 1], config.eos_token_id] for t in ids]
+
+    def count_cut(self, prompts: Sequence[str]) -> int:
+        """How many prompts are longer than QUESTION_TOKENS."""
+        ids = self.tokenizer(list(prompts), add_special_tokens=False).input_ids
+        return sum(len(t) >= QUESTION_TOKENS for t in ids)
+
+    @torch.no_grad()
+    def generate(self, queries: Tensor, prompts: Sequence[str], settings: dict, batch: int = 16) -> list[str]:
+        """The language model's continuations, each up to the first line break.
+
+        queries: (n, Q, D_lm); settings: of transformers' GenerationConfig; batch: prompts at a time
+        """
+        texts = []
+        for at in range(0, len(prompts), batch):
+            ids, mask = self._pad(self.prompt_tokens(prompts[at : at + batch]), left=self.is_opt)
+            q = queries[at : at + batch]
+            words = self.model.language_model.get_input_embeddings()(ids)  # (b, T, D_lm)
+            x = torch.cat([q, words.to(q.dtype)], 1)  # (b, Q + T, D_lm)
+            mask = torch.cat([mask.new_ones(q.shape[:2]), mask], 1)
+            out = self.model.language_model.generate(
+                inputs_embeds=x, attention_mask=mask, generation_config=self._generation(settings)
+            )
+            texts += self.tokenizer.batch_decode(out, skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    def _generation(self, settings: dict) -> GenerationConfig:
+        config = self.config.text_config
+        stop, start = config.eos_token_id, getattr(config, "decoder_start_token_id", None)
+        if self.is_opt:  # LAVIS: stops at the line break that ended each training text, not at </s>
+            stop = self.tokenizer("\n", add_special_tokens=False).input_ids[0]
+        special = dict(eos_token_id=stop, pad_token_id=config.pad_token_id, decoder_start_token_id=start)
+        return GenerationConfig(do_sample=False, **special, **settings)
+
+    def _pad(self, ids: list[list[int]], left: bool = False) -> tuple[Tensor, Tensor]:
+        """(n, T) tokens and their mask, padded to the longest."""
+        side = "left" if left else "right"
+        rows = pad_sequence([torch.tensor(t) for t in ids], True, self.tokenizer.pad_token_id, side)
+        mask = pad_sequence([torch.ones(len(t), dtype=torch.long) for t in ids], True, 0, side)
+        return rows.to(self.device), mask.to(self.device)
+
+    # --- retrieval with the first stage
+
+    @torch.no_grad()
+    def image_features(self, f: Tensor) -> Tensor:
+        """f (B, N, D) -> (B, Q, d), L2-normalized float32. ITC: a caption's largest similarity over the Q."""
+        tokens = self.model.query_tokens.expand(len(f), -1, -1)
+        seen = self.model.qformer(query_embeds=tokens, encoder_hidden_states=f).last_hidden_state
+        return F.normalize(self.model.vision_projection(seen), dim=-1)
+
+    def caption_tokens(self, captions: Sequence[str]) -> list[list[int]]:
+        """[CLS], the words of `clean_caption`, [SEP]; at most CAPTION_TOKENS."""
+        cleaned = [clean_caption(caption) for caption in captions]
+        return self.tokenizer(cleaned, truncation=True, max_length=CAPTION_TOKENS).input_ids
+
+    @torch.no_grad()
+    def text_features(self, tokens: list[list[int]], batch: int = 256) -> Tensor:
+        """(n, d), L2-normalized float32."""
+        features = []
+        for at in range(0, len(tokens), batch):
+            ids, mask = self._pad(tokens[at : at + batch])
+            embedded = self.model.embeddings(input_ids=ids)
+            seen = self.model.qformer(query_embeds=embedded, query_length=0, attention_mask=mask)
+            features.append(F.normalize(self.model.text_projection(seen.last_hidden_state[:, 0]), dim=-1))
+        return torch.cat(features)
+
+    @torch.no_grad()
+    def match_pairs(self, f: Tensor, tokens: list[list[int]], pairs: Tensor, batch: int = 64) -> Tensor:
+        """ITM of (n, 2) pairs of a caption's and an image's row: (n,). f: (I, N, D)"""
+        logits = [self.match(f[p[:, 1]], [tokens[t] for t in p[:, 0].tolist()]) for p in pairs.split(batch)]
+        return torch.cat(logits) if logits else torch.zeros(0, device=self.device)
+
+    @torch.no_grad()
+    def match(self, f: Tensor, tokens: list[list[int]]) -> Tensor:
+        """ITM: (n,) the logit of `match`, mean over the queries, of n images f (n, N, D) and n captions."""
+        ids, mask = self._pad(tokens)
+        queries = self.model.query_tokens.expand(len(f), -1, -1)
+        mask = torch.cat([mask.new_ones(queries.shape[:2]), mask], 1)
+        seen = self.model.qformer(
+            query_embeds=self.model.embeddings(input_ids=ids, query_embeds=queries),
+            query_length=queries.shape[1],
+            attention_mask=mask,
+            encoder_hidden_states=f,
+        ).last_hidden_state[:, : queries.shape[1]]
+        return self.model.itm_head(seen)[..., 1].mean(1)
+
+
+# --- ranking, as LAVIS
+
+
+def contrast(images: Tensor, texts: Tensor) -> Tensor:
+    """ITC: (T, I) cosine similarities, the largest over the queries. images: (I, Q, d); texts: (T, d)"""
+    return torch.stack([(texts @ queries.T).amax(1) for queries in images], 1)
+
+
+def candidates(similarity: Tensor, k: int = RERANKED) -> tuple[Tensor, Tensor]:
+    """(T, I) bool, twice: each caption's k most similar images, and each image's k most similar captions."""
+    found = []
+    for dim in (1, 0):
+        top = similarity.topk(min(k, similarity.shape[dim]), dim).indices
+        found.append(torch.zeros_like(similarity, dtype=torch.bool).scatter_(dim, top, True))
+    return found[0], found[1]
+
+
+def rerank(similarity: Tensor, chosen: Tensor, matched: Tensor) -> Tensor:
+    """(T, I): ITM + ITC where chosen, OUT elsewhere. matched: (T, I) ITM logits, read where chosen"""
+    return torch.where(chosen, similarity + matched, OUT)
+
+
+# --- what can be refused before anything is loaded
+
+
+def architecture(retrieval: bool) -> str:
+    return "Blip2ForImageTextRetrieval" if retrieval else "Blip2ForConditionalGeneration"
+
+
+def read_config(path: str, retrieval: bool) -> transformers.PretrainedConfig:
+    """The model's config, before anything is loaded. Raises as Blip2 does."""
+    wanted, example = (
+        architecture(retrieval),
+        "Salesforce/blip2-itm-vit-g" if retrieval else "Salesforce/blip2-opt-2.7b",
+    )
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise FileNotFoundError(f"--blip2 {path}: no config.json in it")
+    if not Path(path).is_dir() and path.count("/") != 1:
+        raise FileNotFoundError(f"--blip2 {path}: neither a folder nor a name on the hub, such as {example}")
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except Exception as error:  # no such folder, no network, not JSON, a type that transformers does not know
+        told = str(error).splitlines()[0]
+        raise FileNotFoundError(
+            f"--blip2 {path}: neither a model's folder nor one on the hub that can be reached: {told}"
+        ) from error
+    found = (config.architectures or ["unknown"])[0]
+    if config.model_type != "blip-2" or found != wanted:
+        raise ValueError(f"--blip2 {path} is {found} ({config.model_type}), not {wanted} such as {example}")
+    if not retrieval and config.text_config.model_type not in LANGUAGE_MODELS:
+        raise ValueError(
+            f"--blip2 {path}: its language model is {config.text_config.model_type}; "
+            f"{' and '.join(LANGUAGE_MODELS)} are supported"
+        )
+    return config
+
+
+def spare_block(path: str | Path, config: transformers.PretrainedConfig) -> str | None:
+    """The name of a LoRA file's last block if BLIP-2 has one less. Raises ValueError if they do not fit."""
+    lora.read_header(path)
+    with safe_open(path, "pt") as file:
+        widths = {name: file.get_slice(name).get_shape()[-1] for name in file.keys() if "lora_A" in name}
+    blocks = {int(n) for name in widths for n in re.findall(r"^blocks\.(\d+)\.", name)}
+    has, tuned = (len(blocks), max(widths.values(), default=0)), config.vision_config
+    want = (tuned.num_hidden_layers, tuned.hidden_size)
+    if blocks != set(range(has[0])) or has[0] - want[0] not in (0, 1) or has[1] != want[1]:
+        raise ValueError(
+            f"{path} is of {has[0]} blocks of width {has[1]}, BLIP-2's tower has {want[0]} of {want[1]}"
+        )
+    return f"blocks.{want[0]}." if has[0] > want[0] else None
+
+
+# --- generation
+
+
+def add_generation_options(p: argparse.ArgumentParser, **default) -> None:
+    """--blip2 and how its language model writes; `default` by the options' names."""
+    add = p.add_argument
+    add(
+        "--blip2",
+        metavar="DIR|NAME",
+        help="transformers' BLIP-2 with OPT or T5: a folder, or a name on the hub",
+    )
+    add("--beams", type=int, default=default["beams"], help="of the beam search (LAVIS: 5; 1 = greedy)")
+    add("--max-new-tokens", type=int, default=default["most"], help="of an answer, at most")
+    add("--min-new-tokens", type=int, default=default["least"], help="of an answer, at least")
+    add("--length-penalty", type=float, default=default["length_penalty"], help=default["length_help"])
+    add(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        help="1 = off (LAVIS since 2023-12: 1.15 in captions)",
+    )
+    add("--resume", action="store_true", help="go on with the answers in --out")
+    add("--results", nargs="+", metavar="FILE", help="score these instead of asking a model: [before] after")
+
+
+def check_generation_options(args: argparse.Namespace, variants: list[str]) -> list[str]:
+    """Refuse what cannot work; returns the variants, which with --results are the files'."""
+    if args.results:
+        for option in ("blip2", "images", "lora", "limit", "resume"):
+            if getattr(args, option):
+                raise ValueError(f"--results scores answers that are there: --{option} has no part in it")
+        if len(args.results) > 2:
+            raise ValueError(f"--results takes one file, or two to compare, got {len(args.results)}")
+        return ["before", "after"][-len(args.results) :]
+    if not args.blip2 or not args.images:
+        raise ValueError("--blip2 and --images are needed, or --results to score answers that are there")
+    for name, least in {
+        "beams": 1,
+        "min_new_tokens": 0,
+        "max_new_tokens": max(1, args.min_new_tokens),
+    }.items():
+        if getattr(args, name) < least:
+            got = f"got {getattr(args, name)}"
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, {got}")
+    if not args.repetition_penalty > 0:
+        raise ValueError(f"--repetition-penalty must be positive, got {args.repetition_penalty}")
+    if not Path(args.images).is_dir():
+        raise FileNotFoundError(f"--images {args.images}: no such folder")
+    config = read_config(args.blip2, retrieval=False)
+    if args.lora:
+        spare_block(args.lora, config)
+    return variants
+
+
+def generation_settings(args: argparse.Namespace, length_penalty: float) -> dict:
+    """transformers' names; length_penalty: if the option does not say"""
+    names = ("max_new_tokens", "min_new_tokens", "repetition_penalty")
+    settings = {"num_beams": args.beams, **{name: getattr(args, name) for name in names}}
+    if args.beams > 1:
+        given = args.length_penalty
+        settings["length_penalty"] = length_penalty if given is None else given
+    return settings
+
+
+def clean_caption(caption: str) -> str:
+    """As LAVIS's blip_caption: lower case, some punctuation for a space, at most WORDS words."""
+    return " ".join(re.sub(r'[.!"()*#:;~]', " ", caption.lower()).split()[:WORDS])
+
+
+def clean_question(question: str) -> str:
+    """As LAVIS's blip_question: lower case, some punctuation dropped, at most WORDS words."""
+    return " ".join(re.sub(r'[.!"()*#:;~]', "", question.lower()).rstrip(" ").split(" ")[:WORDS])
