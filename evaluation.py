@@ -104,6 +104,18 @@ def gather(mine: dict) -> dict:
     return dict(sorted(joined.items()))
 
 
+def check_images(expected, found) -> None:
+    """Raises ValueError naming images that have no prediction, and predictions for images not in the set."""
+    for what, ids in (
+        ("have no prediction", [i for i in expected if i not in found]),
+        ("are predicted for, but are not in the annotations", [i for i in found if i not in expected]),
+    ):
+        if ids:
+            raise ValueError(
+                f"{len(ids)} images {what}: {', '.join(map(str, ids[:5]))}{', ...' * (len(ids) > 5)}"
+            )
+
+
 # --- what it says
 
 
