@@ -29,7 +29,13 @@ from torchvision.ops import box_convert
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-ANNOTATIONS = {"detection": "instances", "segmentation": "instances", "panoptic": "panoptic"}  # of which file
+ANNOTATIONS = {  # in which file
+    "detection": "instances",
+    "segmentation": "instances",
+    "panoptic": "panoptic",
+    "captioning": "captions",
+    "pose": "person_keypoints",
+}
 
 
 class BadImage(ValueError):

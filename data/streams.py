@@ -1,8 +1,10 @@
-"""The training stream of each in-domain task (Table 1), by task name."""
+"""The training stream and the evaluation images of each in-domain task (Table 1), by task name."""
 
 from data.coco import CocoStream, Detection, Panoptic, Segmentation, read_ids
+from data.pose import PersonBoxes, Pose
+from data.validation import Images
 
-STREAMS = {"detection": Detection, "segmentation": Segmentation, "panoptic": Panoptic}
+STREAMS = {"detection": Detection, "segmentation": Segmentation, "panoptic": Panoptic, "pose": Pose}
 
 
 def open_stream(task: str, args) -> CocoStream:
@@ -12,3 +14,10 @@ def open_stream(task: str, args) -> CocoStream:
     return STREAMS[task](
         args.coco, args.split, args.seed, **sizes, exclude=exclude, skip_bad=args.skip_bad_images
     )
+
+
+def open_items(task: str, args) -> Images | PersonBoxes:
+    """A task's images, or persons, as the options of eval_heads.py describe them."""
+    if task == "pose":
+        return PersonBoxes(args.coco, args.split, args.image_scale, args.limit, args.persons)
+    return Images(args.coco, task, args.split, args.image_scale, args.limit)
