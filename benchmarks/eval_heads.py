@@ -3,7 +3,7 @@
     python benchmarks/eval_heads.py     # CPU, float32, minutes; a markdown table, then one line of JSON
 
 The backbone has EVA-ViT-G's width, 1408, and by default a quarter of its 40 blocks: with all of them the
-heads weigh four times less. Both do the same batches in turn; the images are decoded beforehand, as by the workers.
+heads weigh four times less. Both do the same batches in turn; the images are decoded beforehand.
 """
 
 import argparse

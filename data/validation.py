@@ -9,20 +9,6 @@ from torchvision.transforms.v2 import functional as TF
 from data import coco
 
 
-def long_side(pixels: int):
-    """Resize so that the long side has so many pixels."""
-    return lambda h, w: tuple(max(1, round(pixels * side / max(h, w))) for side in (h, w))
-
-
-def square(pixels: int):
-    """Resize to a square, whatever the aspect."""
-    return lambda h, w: (pixels, pixels)
-
-
-# The release's sizes in pixels. Detection: short side 800 but the long one at most 672, so always 672
-SIZES = {"detection": (long_side, 672), "segmentation": (long_side, 1024), "panoptic": (long_side, 1024)}
-SIZES["captioning"] = (square, 256)
-WHOLE_PATCHES = ("segmentation", "panoptic", "captioning")  # the release cuts 1024 and 256 to 1022 and 252
 ALSO = {"panoptic": ("isthing",)}  # what a category has beside id and name
 
 
@@ -77,10 +63,14 @@ def prepare(image: Tensor, task: str, patch: int, scale: float = 1.0) -> tuple[T
 
     scale: as --image-scale of the stages
     """
-    resize, pixels = SIZES[task]
-    pixels = max(1, round(scale * pixels))
-    if task in WHOLE_PATCHES:
-        pixels = max(1, pixels // patch) * patch
-    size = resize(pixels)(*image.shape[1:])
+    h, w = orig_size = tuple(image.shape[1:])
+    if task == "captioning":  # squashed to a square of whole patches, as for training
+        size = (max(1, round(scale * 256 / patch)) * patch,) * 2
+    else:
+        # The release's sizes in pixels. Detection: short side 800 but the long one at most 672, so always 672
+        long = max(1, round(scale * 672))
+        if task != "detection":  # fitted into the square of training, 1022
+            long = max(1, round(scale * coco.Segmentation.side) // patch) * patch
+        size = tuple(max(1, round(long * side / max(h, w))) for side in (h, w))
     resized = TF.resize(image, list(size), antialias=True)
-    return resized, {"orig_size": tuple(image.shape[1:]), "size": size}
+    return resized, {"orig_size": orig_size, "size": size}
