@@ -56,7 +56,7 @@ def main() -> None:
 
     # --- setup
     ranks = common.start(args)
-    say = partial(print, flush=True) if ranks.rank == 0 else lambda *_: None
+    say = partial(print, flush=True) if ranks.rank == 0 else lambda *_, **__: None
 
     # --- data
     items = open_items(args.task, args)

@@ -8,7 +8,6 @@ from torchvision.transforms.v2 import functional as TF
 
 from data import coco
 
-
 ALSO = {"panoptic": ("isthing",)}  # what a category has beside id and name
 
 
