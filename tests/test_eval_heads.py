@@ -235,7 +235,7 @@ def made(scenes, tmp_path_factory) -> Path:
     for task in ("detection", "segmentation"):
         head = heads.HEADS[task](192, categories)
         for p in head.parameters():
-            nn.init.normal_(p, std=0.2) if p.dim() > 1 else None  # else all queries answer alike
+            nn.init.normal_(p, std=0.08) if p.dim() > 1 else None  # else all queries answer alike
         heads.save(head, out / f"{task}.safetensors", task, backbone="eva_mini", no_cls=False)
     backbone = vit.load("eva_mini", "random")
     lora.attach(backbone.vit, 4)
