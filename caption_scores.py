@@ -1,7 +1,8 @@
 """CIDEr-D and BLEU-4 of one caption per image, as COCO's and NoCaps' servers count them.
 
-The scorers and the PTB tokenizer are pycocoevalcap's. The tokenizer is a Java program; another one moves CIDEr
-by more than ViSFT does, so without Java the scores carry other names: `cider_simple_tok`, `bleu4_simple_tok`.
+The scorers and the PTB tokenizer are pycocoevalcap's. The tokenizer is a Java program; another one moves
+CIDEr by more than ViSFT does, so without Java the scores have other names: `cider_simple_tok`,
+`bleu4_simple_tok`.
 """
 
 import re

@@ -23,6 +23,7 @@ from data.streams import annotation_file, open_stream
 # Sec. 4.2; the batch is per GPU, of 8
 PAPER = dict.fromkeys(("detection", "segmentation", "panoptic"), {"iters": 150_000, "batch": 1, "lr": 5e-5})
 PAPER["captioning"] = {"iters": 100_000, "batch": 32, "lr": 4e-4}
+PAPER["pose"] = {"iters": 60_000, "batch": 64, "lr": 5e-4}  # not in the paper; ViTPose's (210 epochs)
 
 
 def main() -> None:
@@ -67,7 +68,8 @@ def main() -> None:
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=ranks.dtype == torch.float16)
 
     # --- resume
-    run = common.Checkpoint(out, args, trained, optimizer, scaler, data=dataset.fingerprint)
+    state = head.state_dict()  # also what is not trained by gradient: running means
+    run = common.Checkpoint(out, args, state, optimizer, scaler, data=dataset.fingerprint)
     first = run.load() if args.resume else 0
     log = common.Log(out, first, args.iters, args.log_every)
     log.say(dataset.notes)

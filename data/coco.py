@@ -34,6 +34,7 @@ ANNOTATIONS = {  # which file has those of a task
     "segmentation": "instances",
     "panoptic": "panoptic",
     "captioning": "captions",
+    "pose": "person_keypoints",
 }
 
 

@@ -1,16 +1,19 @@
-"""The training stream of each in-domain task (Table 1), by task name."""
+"""The training stream and the evaluation images of each in-domain task (Table 1), by task name."""
 
 from pathlib import Path
 
 from data import coco
 from data.captions import Captions
 from data.coco import CocoStream, Detection, Panoptic, Segmentation, read_ids
+from data.pose import PersonBoxes, Pose
+from data.validation import Images
 
 STREAMS = {
     "detection": Detection,
     "segmentation": Segmentation,
     "panoptic": Panoptic,
     "captioning": Captions,
+    "pose": Pose,
 }
 
 
@@ -30,3 +33,10 @@ def open_stream(task: str, args) -> CocoStream:
     if task == "captioning":
         options |= dict(captions=args.captions, min_count=args.min_count)
     return STREAMS[task](args.coco, args.split, args.seed, **options, skip_bad=args.skip_bad_images)
+
+
+def open_items(task: str, args) -> Images | PersonBoxes:
+    """A task's images, or persons, as the options of eval_heads.py describe them."""
+    if task == "pose":
+        return PersonBoxes(args.coco, args.split, args.image_scale, args.limit, args.persons)
+    return Images(args.coco, task, args.split, args.image_scale, args.limit)

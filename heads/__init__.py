@@ -2,7 +2,11 @@
 
 Every head is built as Head(dim, ...) with its arguments kept in `config`, and answers
     loss, parts = head.loss(f, y)     # scalar; detached scalars for the log
-    head.predict(f, y)                # a list of B dicts
+    head.predict(f, y)                # a list of B dicts: the task's answer for each image, or person
+to_coco_results in the head's module turns these into COCO's results format.
+
+To predict, y holds for each image: image_id, orig_size (h, w), size after the resize, padded_size. For each
+of pose's crops (data.pose.person_crop): image_id, crop_cxcywh and score of the box.
 """
 
 import json
@@ -14,13 +18,15 @@ from torch import nn
 
 from heads.captioner import Captioner
 from heads.detr import Detr
-from heads.mask2former import Mask2Former
+from heads.mask2former import Mask2Former, Panoptic
+from heads.pose import Pose
 
 HEADS = {  # Table 1
     "detection": Detr,
     "segmentation": Mask2Former,
-    "panoptic": Mask2Former,
+    "panoptic": Panoptic,
     "captioning": Captioner,
+    "pose": Pose,
 }
 
 

@@ -141,6 +141,17 @@ class Detr(nn.Module):
         ]
 
 
+def to_coco_results(predictions: list[dict], categories: list[dict]) -> list[dict]:
+    """What predict returned, in COCO's results format: one dict for each box, as x, y, w, h."""
+    results = []
+    for p in predictions:
+        boxes, labels, scores = box_convert(p["boxes_xyxy"], "xyxy", "xywh"), p["labels"], p["scores"]
+        for box, label, score in zip(boxes.tolist(), labels.tolist(), scores.tolist(), strict=True):
+            ids = {"image_id": p["image_id"], "category_id": categories[label]["id"]}
+            results.append({**ids, "bbox": box, "score": score})
+    return results
+
+
 def paired_giou(a: Tensor, b: Tensor) -> Tensor:
     """Generalized IoU (arXiv 1902.09630) of each box_xyxy in a with its partner in b: (..., 4) -> (...).
 

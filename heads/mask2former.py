@@ -383,6 +383,13 @@ class Mask2Former(nn.Module):
         return answers
 
 
+class Panoptic(Mask2Former):
+    """The same head, whose answer is a panoptic segmentation (Table 12)."""
+
+    def predict(self, f, y: list[dict]) -> list[dict]:
+        return self.predict_panoptic(f, y)
+
+
 def attention_mask(masks: Tensor, valid: Tensor | None, heads: int) -> Tensor:
     """A query attends to its mask (sigmoid >= 0.5), or to the whole image if it is empty; never to padding.
 

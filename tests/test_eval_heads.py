@@ -1,0 +1,335 @@
+"""eval_heads.py: published figures, truth against itself, ranks, and the script as a user runs it."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.distributed.run import get_args_parser
+
+import backbone as vit
+import caption_scores
+import eval_heads
+import heads
+import lora
+import panoptic_quality
+from data import coco, validation
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "data"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data, which is not here")
+MINI = ("--model", "eva_mini", "--weights", "random", "--workers", 0, "--image-scale", 0.2)
+
+
+def read(*parts: str):
+    return json.loads((SHARED / Path(*parts)).read_text())
+
+
+# --- average precision
+
+
+@needs_shared
+@pytest.mark.parametrize("fast", [False, True])
+def test_published_box_figures_come_out(fast):
+    results = read("detection_eval", "results", "instances_val2014_fakebbox100_results.json")
+    expected = read("detection_eval", "expected.json")["instances_val2014_fakebbox100_results.json"]
+    annotations = SHARED / "detection_eval" / "annotations" / "instances_val2014_100.json"
+    ids = [image["id"] for image in json.loads(annotations.read_text())["images"]]
+    scores = eval_heads.average_precision(annotations, results, "bbox", ids, fast)
+    assert list(scores.values()) == pytest.approx([100 * v for v in expected["stats_12"]], abs=1e-9)
+    assert scores["box AP"] == pytest.approx(50.5, abs=0.05) and list(scores)[1] == "box AP50"
+
+
+def truth(task: str, folder: Path, split: str = "val2017", categories=None) -> tuple:
+    """A scorer for a task and the answers that a perfect head would give."""
+    items = validation.Images(folder, task, split)
+    head = Namespace(config={"categories": items.categories})
+    args = Namespace(fast_eval=False, out=".", seed=0)
+    return items, eval_heads.SCORERS[task](items, head, args)
+
+
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+def test_truth_against_itself_scores_100(real_coco, task):
+    items, scorer = truth(task, real_coco)
+    data = coco.read_instances(real_coco, "val2017", masks=True)
+    stream, kept = coco.Segmentation(real_coco, "val2017"), []
+    for row, image_id in enumerate(data.ids):
+        mine = slice(data.first[row], data.first[row + 1])
+        labels = torch.from_numpy(data.labels[mine])
+        answer = {"image_id": int(image_id), "labels": labels, "scores": torch.ones(len(labels))}
+        if task == "detection":
+            answer["boxes_xyxy"] = torch.from_numpy(data.boxes_xyxy[mine])
+        else:
+            masks = [torch.from_numpy(m).bool() for m in stream.masks(row)]
+            answer["masks"] = torch.stack(masks) if masks else torch.zeros(0, 4, 4, dtype=torch.bool)
+        kept.append(scorer.keep(answer, "before"))
+    results, scores, _ = scorer.score(kept)
+    name = "box" if task == "detection" else "mask"
+    assert scores[f"{name} AP"] == pytest.approx(100, abs=1e-9) and len(results) == len(data.labels)
+    json.dumps(results)
+    worse = [r for r in results if r["image_id"] != results[0]["image_id"]]
+    assert scorer.score([worse])[1][f"{name} AP"] < 99.9
+
+
+def test_nothing_found_scores_0(scenes):
+    items, scorer = truth("detection", scenes)
+    results, scores, _ = scorer.score([[] for _ in items.image_ids])
+    assert results == [] and scores["box AP"] == 0 and {v for v in scores.values() if v is not None} == {0}
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_bad_results_are_named(scenes, fast):
+    annotations = scenes / "annotations" / "instances_val2017.json"
+    good = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}
+    for change, says in (
+        ({"image_id": 99}, "not in the annotations: 99"),
+        ({"category_id": 50}, "no category 50"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            eval_heads.average_precision(annotations, [good, {**good, **change}], "bbox", [1, 2], fast)
+
+
+# --- panoptic
+
+
+def test_panoptic_truth_against_itself_scores_100(real_coco, tmp_path):
+    items, scorer = truth("panoptic", real_coco)
+    scorer.out, kept = tmp_path, {}
+    for variant in ("before", "after"):
+        kept[variant] = []
+        for image_id in items.image_ids:
+            known = scorer.truth[image_id]
+            ids = panoptic_quality.read_segments(scorer.pngs / known["file_name"])
+            infos = [
+                {k: s[k] for k in ("id", "category_id")} for s in known["segments_info"] if not s["iscrowd"]
+            ]
+            infos = infos[variant == "before" :]  # one segment less before
+            ids = np.where(np.isin(ids, [s["id"] for s in infos]), ids, 0)
+            answer = {"image_id": image_id, "segments": torch.from_numpy(ids), "segments_info": infos}
+            kept[variant].append(scorer.keep(answer, variant))
+    predictions, scores, after = scorer.score(kept["after"])
+    assert set(scores.values()) == {100.0} and len(scores) == 9
+    written = predictions["annotations"][0]
+    assert (tmp_path / "predictions_after" / written["file_name"]).is_file() and json.dumps(predictions)
+    _, worse, before = scorer.score(kept["before"])
+    low, high = scorer.intervals(before, after)["PQ"]
+    assert worse["PQ"] < 100 and 0 < low <= 100 - worse["PQ"] + 1e-9 and low < high
+    assert scorer.intervals(after, after)["PQ"] == (0, 0)
+
+
+def test_a_broken_panoptic_answer_is_named(real_coco, tmp_path):
+    items, scorer = truth("panoptic", real_coco)
+    answer = {
+        "image_id": items.image_ids[0],
+        "segments": torch.ones(4, 4, dtype=torch.int32),
+        "segments_info": [],
+    }
+    with pytest.raises(ValueError, match=r"\.png: prediction of"):
+        scorer.keep(answer, "before")
+
+
+# --- captions
+
+
+@needs_shared
+@pytest.mark.skipif(not caption_scores.has_java(), reason="needs Java")
+def test_published_caption_figures_come_out(capfd):
+    expected = read("caption_eval", "expected.json")
+    references = read("caption_eval", "clipscore_example", "refs.json")
+    for name in ("good_captions.json", "bad_captions.json"):
+        scores = caption_scores.caption_scores(references, read("caption_eval", "clipscore_example", name))
+        wanted = expected[f"clipscore_example/{name}"]
+        assert scores["cider"] == pytest.approx(wanted["CIDEr"], abs=5e-5)
+        assert scores["bleu4"] == pytest.approx(wanted["Bleu_4"], abs=5e-5)
+    folder = SHARED / "caption_eval" / "nlg_eval_example"
+    hyp, *refs = ((folder / f"{n}.txt").read_text().splitlines() for n in ("hyp", "ref1", "ref2"))
+    scores = caption_scores.caption_scores(dict(enumerate(zip(*refs, strict=True))), dict(enumerate(hyp)))
+    wanted = expected["nlg_eval_example"]
+    assert scores["cider"] == pytest.approx(wanted["CIDEr"], abs=5e-7)
+    assert scores["bleu4"] == pytest.approx(wanted["Bleu_4"], abs=5e-7)
+    assert np.mean(list(scores["per_image"].values())) == pytest.approx(scores["cider"])
+    assert "2 images are too few" in scores["notes"][0]
+
+
+@pytest.mark.skipif(not caption_scores.has_java(), reason="needs Java")
+def test_captions_of_any_kind_keep_their_lines():
+    """Line separators within a caption, and captions without a word, do not shift the others."""
+    tokens = caption_scores.ptb_tokens({7: ["A\u2028dog's\nball.", ""], 3: ["Café, red!"], 5: [""]})
+    assert tokens == {7: ["a dog 's ball", ""], 3: ["café red"], 5: [""]}
+
+
+def test_without_java_the_scores_have_other_names(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert not caption_scores.has_java()
+    references = {
+        i: [f"A {c} cat, sitting on the mat.", "the dog"] for i, c in enumerate(("red", "blue", "big"))
+    }
+    scores = caption_scores.caption_scores(references, {i: c[0].lower() for i, c in references.items()})
+    assert {"cider_simple_tok", "bleu4_simple_tok"} < set(scores) and not {"cider", "bleu4"} & set(scores)
+    assert scores["bleu4_simple_tok"] == pytest.approx(1) and "no Java" in scores["notes"][0]
+
+
+def test_bad_captions_are_named():
+    for candidates, says in (
+        ({1: "a"}, "have no prediction: 2"),
+        ({1: "a", 2: "b", 3: "c"}, "annotations: 3"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            caption_scores.caption_scores({1: ["a"], 2: ["b"]}, candidates)
+    with pytest.raises(ValueError, match="no reference caption, the first is 2"):
+        caption_scores.caption_scores({1: ["a"], 2: []}, {1: "a", 2: "b"})
+
+
+def test_captions_are_scored_by_image(scenes, monkeypatch):
+    """Made-up answers in the captioner's form; the paired interval is that of the per-image CIDEr."""
+    monkeypatch.setattr(caption_scores, "has_java", lambda: False)
+    items, scorer = truth("captioning", scenes)
+    assert sorted(map(len, scorer.references.values())) == [5, 5, 5, 5] and items.categories == []
+    kept = {
+        variant: [
+            scorer.keep({"image_id": i, "caption": scorer.references[i][k % 5], "tokens": [1]}, variant)
+            for k, i in enumerate(items.image_ids, start)
+        ]
+        for variant, start in (("before", 0), ("after", 1))
+    }
+    kept["before"][0]["caption"] = "nothing of the kind"
+    scored = {variant: scorer.score(answers) for variant, answers in kept.items()}
+    before, after = (scores["cider_simple_tok"] for _, scores, _ in scored.values())
+    low, high = scorer.intervals(scored["before"][2], scored["after"][2])["cider_simple_tok"]
+    assert before < after and low <= after - before <= high
+    assert scored["after"][0][0].keys() == {"image_id", "caption"}
+
+
+# --- items
+
+
+def test_evaluation_sizes_are_the_releases(real_coco):
+    """Detection: long side 672; segmentation: fitted into 73 patches; captioning: 18 patches, squashed."""
+    image = torch.zeros(3, 480, 640, dtype=torch.uint8)
+    for task, size in (("detection", (504, 672)), ("segmentation", (766, 1022)), ("captioning", (252, 252))):
+        resized, target = validation.prepare(image, task, patch=14)
+        assert tuple(resized.shape[1:]) == target["size"] == size and target["orig_size"] == (480, 640)
+    items = validation.Images(real_coco, "panoptic", "val2017", scale=0.5)
+    assert len(items) == 2 and items.categories[0] == {"id": 1, "name": "person", "isthing": True}
+    items = validation.Images(real_coco, "detection", "val2017", limit=3)
+    assert [items[i][1]["image_id"] for i in range(3)] == items.image_ids == sorted(items.image_ids)
+
+
+# --- the script
+
+
+@pytest.fixture(scope="module")
+def made(scenes, tmp_path_factory) -> Path:
+    """A random head for each task of the made-up world, and a dW that changes much."""
+    out = tmp_path_factory.mktemp("made")
+    categories = coco.read_instances(scenes, "val2017").categories
+    torch.manual_seed(0)
+    for task in ("detection", "segmentation"):
+        head = heads.HEADS[task](192, categories)
+        for p in head.parameters():
+            nn.init.normal_(p, std=0.08) if p.dim() > 1 else None  # else all queries answer alike
+        heads.save(head, out / f"{task}.safetensors", task, backbone="eva_mini", no_cls=False)
+    backbone = vit.load("eva_mini", "random")
+    lora.attach(backbone.vit, 4)
+    for p in lora.parameters(backbone.vit).values():
+        nn.init.normal_(p)
+    lora.save(backbone.vit, out / "lora.safetensors", backbone="eva_mini")
+    return out
+
+
+def options(task, scenes, made, out, *more) -> list:
+    return ["--task", task, *MINI, "--coco", scenes, "--head", made, "--out", out, *more]
+
+
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+def test_compare_is_both_runs_in_one(scenes, made, tmp_path, run, task):
+    """And neither the batch nor the order of the variants changes what is found."""
+    outs, limit = {name: tmp_path / name for name in ("none", "lora", "both")}, ("--limit", 3)
+    assert run("eval_heads", *options(task, scenes, made, outs["none"], *limit, "--batch", 3))[0] == 0
+    tuned = made / "lora.safetensors"
+    assert run("eval_heads", *options(task, scenes, made, outs["lora"], *limit, "--lora", tuned))[0] == 0
+    code, text, _ = run("eval_heads", *options(task, scenes, made, outs["both"], *limit, "--compare", tuned))
+    assert code == 0 and "| set | metric | before | after |" in text and "AP by pycocotools" in text
+    result = json.loads((outs["both"] / "result.json").read_text())
+    assert result["partial"] and len(result["rows"]) == 12 and result["sha256"][str(tuned)]
+    assert set(result["rows"][0]) == {"set", "metric", "before", "after", "difference", "low", "high", "n"}
+    row = result["rows"][0]
+    assert row["n"] == 3 and row["difference"] == row["after"] - row["before"] and row["low"] is None
+    before, after = (
+        json.loads((outs["both"] / f"predictions_{v}.json").read_text()) for v in ("before", "after")
+    )
+    assert after == json.loads((outs["lora"] / "predictions_after.json").read_text()) != before
+    batched = json.loads((outs["none"] / "predictions_before.json").read_text())
+    assert len(batched) == len(before) == 300
+    if task == "detection":
+        same = [a["category_id"] == b["category_id"] for a, b in zip(batched, before, strict=True)]
+        assert np.mean(same) > 0.98  # a batch sums in another order, and some of the random scores are close
+        for key in ("bbox", "score"):
+            a, b = ([p[key] for p in found] for found in (batched, before))
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=0.02)
+
+
+def torchrun(n: int, script: str, *options) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", n, script, *options]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [*map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_two_ranks_are_one_process_to_the_digit(scenes, made, tmp_path, run, images):
+    """With one image fewer, and one more, than ranks."""
+    more = ("--limit", images)
+    assert run("eval_heads", *options("detection", scenes, made, tmp_path / "one", *more))[0] == 0
+    result = torchrun(2, "eval_heads.py", *options("detection", scenes, made, tmp_path / "two", *more))
+    assert result.returncode == 0, result.stderr
+    one, two = (json.loads((tmp_path / n / "result.json").read_text())["rows"] for n in ("one", "two"))
+    assert one == two
+    files = [(tmp_path / n / "predictions_before.json").read_bytes() for n in ("one", "two")]
+    assert files[0] == files[1] and len(json.loads(files[0])) == 100 * images
+
+
+def test_what_cannot_be_is_one_line(scenes, real_coco, made, tmp_path, run):
+    good = options("detection", scenes, made, tmp_path / "new")
+    absent = tmp_path / "absent"
+    for more, says in (
+        (["--coco", absent], "annotations_trainval2017.zip"),
+        (["--head", absent], "stage1_heads.py --task detection"),
+        (["--head", made / "segmentation.safetensors"], "no detection head"),
+        (["--head", ROOT / "README.md"], "not one of our head files"),
+        (["--no-cls"], "trained with no_cls False, not True"),
+        (["--persons", absent], "--persons is for --task pose"),
+        (["--task", "pose", "--persons", absent], "no such file"),
+        (["--image-scale", 0], "--image-scale must be in"),
+        (["--lora", absent], "no LoRA file"),
+        (["--batch", 0], "--batch must be at least 1"),
+        (["--coco", real_coco], "knows 7 categories"),
+    ):
+        code, _, err = run("eval_heads", *good, *more)
+        assert code == 2 and says in err and err.count("\n") == 1, (more, err)
+        assert not (tmp_path / "new").exists()
+
+
+def test_a_bad_image_is_named(scenes, made, tmp_path, run):
+    shutil.copytree(scenes, tmp_path / "coco")
+    picture = tmp_path / "coco" / "val2017" / f"{2:012d}.jpg"
+    picture.write_bytes(picture.read_bytes()[:700])
+    code, _, err = run("eval_heads", *options("detection", tmp_path / "coco", made, tmp_path / "out"))
+    assert code == 2 and "000000000002.jpg cannot be decoded" in err.splitlines()[-1]
+
+
+def test_help_and_torchrun_take_every_option(run):
+    parser_says = run("eval_heads", "--help")[1]
+    found = re.findall(r"^  (--[a-z-]+)", parser_says, flags=re.MULTILINE)
+    own = [o for action in get_args_parser()._actions for o in action.option_strings]
+    assert {"--head", "--compare", "--fast-eval", "--persons", "--limit"} <= set(found)
+    assert not [(o, t) for o in found for t in own if t.startswith(o) or t.replace("_", "-").startswith(o)]
