@@ -29,7 +29,12 @@ IMAGENET_NORM = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean, std: what 
 
 OPEN_CLIP = "visual.trunk."  # where open_clip keeps a timm tower
 
-default_cfgs = generate_default_cfgs({"eva_mini": _cfg(num_classes=0)})
+default_cfgs = generate_default_cfgs(
+    {
+        "eva_mini.px224": _cfg(num_classes=0),
+        "eva_mini.px112": _cfg(num_classes=0, input_size=(3, 112, 112)),  # 8 x 8 positions: the demo's
+    }
+)
 
 
 @register_model
