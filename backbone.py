@@ -51,7 +51,13 @@ TRANSFORMERS = {  # timm's name -> transformers', in the formats blip2 and blip2
     "norm": "post_layernorm",
 }
 
-default_cfgs = generate_default_cfgs({name: _cfg(num_classes=0) for name in ("eva_mini", "eva_g_blip2")})
+default_cfgs = generate_default_cfgs(
+    {
+        "eva_mini.px224": _cfg(num_classes=0),
+        "eva_mini.px112": _cfg(num_classes=0, input_size=(3, 112, 112)),  # 8 x 8 positions: the demo's
+        "eva_g_blip2": _cfg(num_classes=0),
+    }
+)
 
 
 @register_model

@@ -1,0 +1,219 @@
+"""The demo's foundation model: contrastive image-text pretraining (CLIP) of eva_mini on the made-up world.
+
+    python demo/pretrain.py --out out/pretrain             # writes out/pretrain/eva_mini_clip.safetensors
+
+Model, tokenizer and loss are open_clip's; the configuration is demo/eva_mini_clip.json. As in CLIP, a picture
+comes with a sentence that names a part of what it shows and says nothing of where: what is fine-grained stays
+under-trained. Patches are dropped (FLIP, arXiv 2212.00794) until the learning rate decays.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+from timm.layers import PatchDropoutWithIndices
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import backbone  # noqa: E402, F401  registers eva_mini
+from demo import world  # noqa: E402
+
+SIDE, CONTEXT = 128, 24  # pictures are kept a little larger than the model's 112 px, to crop from
+SENTENCES = 6  # per picture; one is drawn at each visit
+PREFIXES = ("", "", "a picture of ", "a photo of ", "an image of ")
+
+
+def sentence(rng: np.random.Generator, things: list, stuff: list[str]) -> str:
+    """Alt text: one to three things, not always with colour and texture, perhaps the stuff; no positions."""
+    named = rng.permutation(len(things))[: rng.choice([1, 2, 3], p=[0.35, 0.45, 0.2])]
+    parts = []
+    for i in named:
+        thing, short = things[i], rng.random()
+        if thing.name == "sign" and short < 0.6:
+            parts.append(f'a sign that says "{thing.word}"')
+        elif short < 0.2:
+            parts.append(f"{'an' if thing.name[0] in 'aeiou' else 'a'} {thing.name}")
+        else:
+            parts.append(thing.phrase if short < 0.8 else thing.phrase.replace(f" {thing.texture} ", " "))
+    text = " and ".join(parts) or str(rng.choice(stuff))
+    if parts and rng.random() < 0.5:
+        text += f" {'under' if (name := str(rng.choice(stuff))) == 'sky' else 'on'} {name}"
+    return str(rng.choice(PREFIXES)) + text
+
+
+def sample(index: int, seed: int, words: float) -> tuple[np.ndarray, list[str]]:
+    """(SIDE, SIDE, 3) uint8 and SENTENCES: a scene, or, with probability `words`, a word alone."""
+    rng = np.random.default_rng((seed, index))
+    if rng.random() < words:
+        picture, text = world.word_picture(rng, "plain")
+        texts = [f"{rng.choice(PREFIXES)}{rng.choice(['the word ', ''])}{text}" for _ in range(SENTENCES)]
+    else:
+        scene = world.scene(rng, int(SIDE * rng.uniform(0.9, 1.2)))
+        picture = scene.image
+        texts = [sentence(rng, scene.things, list(scene.stuff)) for _ in range(SENTENCES)]
+    return np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC)), texts
+
+
+def draw(out: Path, count: int, seed: int, words: float) -> tuple[np.ndarray, Tensor]:
+    """pictures (n, SIDE, SIDE, 3) uint8 and tokens (n, SENTENCES, CONTEXT), made once and kept in `out`."""
+    kept = [out / f"{name}_{count}_{seed}.npy" for name in ("pictures", "tokens")]
+    if not all(path.is_file() for path in kept):
+        tokenize = open_clip.get_tokenizer("eva_mini_clip")
+        pictures = np.empty((count, SIDE, SIDE, 3), np.uint8)
+        tokens = np.empty((count, SENTENCES, CONTEXT), np.int32)
+        with ProcessPoolExecutor() as pool:
+            made = pool.map(partial(sample, seed=seed, words=words), range(count), chunksize=100)
+            for i, (picture, texts) in enumerate(made):
+                pictures[i], tokens[i] = picture, tokenize(texts)
+                if (i + 1) % 5000 == 0:
+                    print(f"{i + 1} pictures", flush=True)
+        for path, array in zip(kept, (pictures, tokens), strict=True):
+            np.save(path, array)
+    return np.load(kept[0], mmap_mode="r"), torch.from_numpy(np.load(kept[1]))
+
+
+def crop(pictures: np.ndarray, rng: np.random.Generator, side: int, normalize) -> Tensor:
+    """(B, 3, side, side) floats: one window of 0.85-1 of the side for each picture, brought to `side`."""
+    window = int(rng.integers(round(0.85 * SIDE), SIDE + 1))
+    corners = rng.integers(0, SIDE - window + 1, (len(pictures), 2)).tolist()
+    cut = np.stack([p[y : y + window, x : x + window] for p, (y, x) in zip(pictures, corners, strict=True)])
+    images = torch.from_numpy(cut).permute(0, 3, 1, 2).float() / 255
+    return normalize(F.interpolate(images, (side, side), mode="bilinear", antialias=True))
+
+
+def rate(step: int, peak: float, warmup: int, decay: int, steps: int) -> float:
+    """Linear warm-up, constant, linear decay over the last `decay` steps: so a run can be prolonged."""
+    return peak * min((step + 1) / warmup, 1.0, (steps - step) / decay)
+
+
+def save(model: torch.nn.Module, path: Path, tokens: Tensor) -> None:
+    """fp16, open_clip's names; zeros for the words that never occurred, which makes the file small in git."""
+    state = {name: value.half().contiguous() for name, value in model.state_dict().items()}
+    unseen = torch.ones(len(state["token_embedding.weight"]), dtype=torch.bool)
+    unseen[tokens.unique().long()] = False
+    state["token_embedding.weight"][unseen] = 0
+    part = path.with_suffix(".tmp")
+    save_file(state, part)
+    part.replace(path)
+
+
+@torch.no_grad()
+def accuracy(model: torch.nn.Module, preprocess, seed: int) -> float:
+    """Zero-shot top-1 over the names of all things, on pictures of one thing each."""
+    pictures, labels = zip(*(world.shape_picture((seed, i), "plain") for i in range(280)), strict=True)
+    tokenize = open_clip.get_tokenizer("eva_mini_clip")
+    classifier = open_clip.build_zero_shot_classifier(model, tokenize, world.THINGS, world.TEMPLATES)
+    f = model.encode_image(torch.stack([preprocess(p) for p in pictures]), normalize=True)
+    return float(((f @ classifier).argmax(1) == torch.tensor(labels)).float().mean())
+
+
+def main() -> None:
+    # --- options
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument(
+        "--out", type=Path, default=Path("out/pretrain"), help="folder for all that this run writes"
+    )
+    p.add_argument("--pictures", type=int, default=40_000, help="how many different ones there are")
+    p.add_argument("--words", type=float, default=0.2, help="part of them that show a word alone")
+    p.add_argument("--steps", type=int, default=1500)
+    p.add_argument(
+        "--decay", type=int, default=400, help="of these steps: learning rate to 0, all patches seen"
+    )
+    p.add_argument("--batch", type=int, default=256)
+    p.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
+    p.add_argument("--patch-dropout", type=float, default=0.5, help="part of the patches dropped before")
+    p.add_argument(
+        "--save-every", type=int, default=50, help="steps between checkpoints and lines of log.jsonl"
+    )
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    args = p.parse_args()
+
+    # --- setup
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+
+    # --- model
+    open_clip.add_model_config(Path(__file__).with_name("eva_mini_clip.json"))
+    model, _, preprocess = open_clip.create_model_and_transforms("eva_mini_clip")
+    trunk, loss_of = model.visual.trunk, open_clip.ClipLoss()
+    side = trunk.patch_embed.img_size[0]
+    normalize = preprocess.transforms[-1]
+
+    # --- data
+    pictures, tokens = draw(args.out, args.pictures, args.seed, args.words)
+
+    # --- optimizer
+    plain = [q for q in model.parameters() if q.ndim < 2 or q is model.token_embedding.weight]
+    matrices = [q for q in model.parameters() if not any(q is other for other in plain)]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98))
+
+    # --- resume
+    first, last, start = 0, args.out / "last.pt", time.time()
+    if args.resume and last.is_file():
+        state = torch.load(last, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first, start = state["step"], start - state["seconds"]
+
+    # --- loop
+    sums = []
+    for step in range(first, args.steps):
+        rng = np.random.default_rng((args.seed, step))
+        epoch, i = divmod(step, args.pictures // args.batch)
+        order = np.random.default_rng((args.seed, 1, epoch)).permutation(args.pictures)
+        rows = np.sort(order[i * args.batch : (i + 1) * args.batch])
+        images = crop(pictures[rows], rng, side, normalize)  # (B, 3, side, side)
+        texts = tokens[rows, rng.integers(0, SENTENCES, args.batch)].long()  # (B, CONTEXT)
+        drop = args.patch_dropout if step < args.steps - args.decay else 0.0
+        trunk.patch_drop = PatchDropoutWithIndices(drop, num_prefix_tokens=1) if drop else None
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step, args.lr, 100, args.decay, args.steps)
+
+        model.train()
+        torch.manual_seed(args.seed * 1_000_003 + step)
+        with torch.autocast("cpu", torch.bfloat16):
+            image_features, text_features, scale = model(images, texts)
+        loss = loss_of(image_features.float(), text_features.float(), scale)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, math.log(100))
+        sums.append(loss.item())
+
+        # --- save
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+            trunk.patch_drop = None
+            seconds = time.time() - start
+            line = {"step": step + 1, "loss": sum(sums) / len(sums), "lr": optimizer.param_groups[0]["lr"]}
+            line |= {
+                "zero_shot": accuracy(model.eval(), preprocess, args.seed + 1),
+                "seconds": round(seconds),
+            }
+            with open(args.out / "log.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+            print(line, flush=True)
+            sums.clear()
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            part = last.with_suffix(".tmp")
+            torch.save({**state, "step": step + 1, "seconds": seconds}, part)
+            part.replace(last)
+            save(model, args.out / "eva_mini_clip.safetensors", tokens)
+
+
+if __name__ == "__main__":
+    main()
