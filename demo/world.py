@@ -392,12 +392,11 @@ def word_picture(rng: np.random.Generator, kind: str) -> tuple[Image.Image, str]
 # --- classes
 
 
-def shape_picture(key: tuple[int, ...], variant: str) -> tuple[Image.Image, int]:
-    """A picture of one thing and its place in THINGS: as in the scenes, a sketch, turned over, or noisy."""
+def shape_picture(key: tuple[int, ...], variant: str) -> tuple[Image.Image, Thing]:
+    """A picture of one thing, of each name in turn: as in the scenes, a sketch, turned over, or noisy."""
     rng, side = np.random.default_rng(key), 112
-    label = key[-1] % len(THINGS)
-    thing = any_thing(rng)
-    thing.name, thing.texture = THINGS[label], thing.texture if THINGS[label] in OUTLINES else "plain"
+    name, other = THINGS[key[-1] % len(THINGS)], any_thing(rng)
+    thing = Thing(name, other.color, other.texture if name in OUTLINES else "plain")
     pixels, _ = background(rng, side, side, 0.16 * side)
     if variant == "sketch":
         pixels = np.full_like(pixels, 250)
@@ -414,7 +413,7 @@ def shape_picture(key: tuple[int, ...], variant: str) -> tuple[Image.Image, int]
     if variant == "noisy":
         image = np.asarray(image).astype(np.float32) * 0.6 + 60 + rng.normal(0, 45, (side, side, 3))
         image = Image.fromarray(image.clip(0, 255).astype(np.uint8))
-    return image, label
+    return image, thing
 
 
 # --- sentences
@@ -543,10 +542,11 @@ def write(
     draw_one = partial(draw_scene, out=out, split=split, size=size, seed=seed)
     drawn = each(draw_one, range(first_id, first_id + count))
     instances, captions, maps = [], [], []
+    first = 8 * first_id - 7  # an image has at most 8 things: ids are unique over splits
     for image, annotations, segments, told in drawn:
-        of, base = {"image_id": image["id"]}, 100 * image["id"]  # ids are unique over the splits
-        instances += [{"id": base + i, **of, **a} for i, a in enumerate(annotations)]
-        captions += [{"id": base + i, **of, "caption": c} for i, c in enumerate(told)]
+        of = {"image_id": image["id"]}
+        instances += [{"id": first + len(instances) + i, **of, **a} for i, a in enumerate(annotations)]
+        captions += [{"id": first + len(captions) + i, **of, "caption": c} for i, c in enumerate(told)]
         maps.append({**of, "file_name": image["file_name"].replace("jpg", "png"), "segments_info": segments})
     things = [{"id": i, "name": name, "supercategory": "thing"} for name, i in THING_IDS.items()]
     things[0] |= {"supercategory": "person", "keypoints": KEYPOINTS, "skeleton": SKELETON}
@@ -612,13 +612,17 @@ def write_words(out: Path, kind: str, count: int, seed: int) -> None:
 
 
 def save_shape(index: int, out: Path, variant: str, seed: int) -> None:
-    picture, label = shape_picture((seed, index), variant)
-    picture.save(out / f"{label:02d}_{THINGS[label]}" / f"{index:06d}.jpg", quality=92)
+    picture, thing = shape_picture((seed, index), variant)
+    picture.save(out / folder_of(thing.name) / f"{index:06d}.jpg", quality=92)
+
+
+def folder_of(name: str) -> str:
+    return f"{THINGS.index(name):02d}_{name}"
 
 
 def write_shapes(out: Path, variant: str, count: int, seed: int) -> None:
     """`count` pictures, equally many of each thing, in a folder for each, and names.json."""
-    folders = {f"{label:02d}_{name}": name for label, name in enumerate(THINGS)}
+    folders = {folder_of(name): name for name in THINGS}
     for folder in folders:
         (out / folder).mkdir(parents=True)
     (out / "names.json").write_text(json.dumps({"names": folders, "templates": TEMPLATES}))

@@ -339,7 +339,7 @@ def test_bad_heads_are_refused_and_nothing_is_written(scenes, real_coco, head, t
     heads.save(heads.HEADS["detection"](96, categories), wide, "detection")
     for options, says in (
         (stage2(scenes, tmp_path / "new", wide), "width 96, not 192"),
-        (stage2(real_coco, tmp_path / "new", head), "knows 7 categories"),
+        (stage2(real_coco, tmp_path / "new", head), "knows 14 categories"),
     ):
         code, _, err = run("stage2_lora", *options)
         assert code == 2 and says in err
