@@ -1,6 +1,7 @@
 PYTHON ?= python3
+SEEDS ?= 1
 
-.PHONY: setup test demo
+.PHONY: setup test demo demo-pretrain
 
 setup: .venv/installed
 
@@ -12,5 +13,9 @@ setup: .venv/installed
 test: setup
 	.venv/bin/python -m pytest tests
 
-demo: setup
-	PATH="$(CURDIR)/.venv/bin:$$PATH" bash runs/demo.sh
+demo: setup  # SEEDS=5 for standard errors, OUT=FOLDER for another place
+	PATH="$(CURDIR)/.venv/bin:$$PATH" SEEDS="$(SEEDS)" bash runs/demo.sh $(OUT)
+
+demo-pretrain: setup
+	.venv/bin/python demo/pretrain.py --out out/pretrain --resume
+	cp out/pretrain/eva_mini_clip.safetensors demo/

@@ -1,24 +1,68 @@
 #!/usr/bin/env bash
-# Both stages on made-up scenes with a small random EVA-ViT: some three minutes on two cores, nothing downloaded.
-# It shows that everything runs, not that ViSFT helps: a random backbone has no fine-grained knowledge to unleash.
-# Stage 2 starts at a higher loss than stage 1 ended with: after 200 steps DETR's 100 queries still answer alike
-# once dropout is off (as it is in stage 2), and it was dropout that spread them over the objects.
+# ViSFT from end to end on a made-up world, with a micro foundation model: minutes on two cores, nothing downloaded.
+#
+#     runs/demo.sh [OUT]              # OUT/report.md and OUT/report.html; OUT is out/demo
+#     SEEDS=5 runs/demo.sh            # stage 2 and the evaluations five times: standard errors
+#
+# Every step is skipped where its result is there already, so an interrupted demo goes on where it stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-OUT=${1:-out/demo}
-if [ -e "$OUT" ]; then
-    echo "demo.sh: $OUT exists: remove it, or give another folder: runs/demo.sh OUT" >&2
+OUT=${1:-${OUT:-out/demo}}
+SEEDS=${SEEDS:-1}
+[[ $SEEDS =~ ^[1-9][0-9]*$ ]] || { echo "demo.sh: SEEDS must be a number from 1 on, got $SEEDS" >&2; exit 2; }
+VERSION=$(cat runs/demo.sh demo/*.py demo/*.json demo/*.safetensors ./*.py heads/*.py data/*.py | sha256sum | cut -c1-16)
+if [ -e "$OUT" ] && [ "$(cat "$OUT/version" 2>/dev/null)" != "$VERSION" ]; then
+    echo "demo.sh: $OUT exists and is not of this version of the code; nothing was changed. Remove it, or name" \
+        "another folder: make demo OUT=FOLDER" >&2
     exit 2
 fi
-COMMON=(--model eva_mini --weights random --coco "$OUT/coco" --image-scale 0.33 --warmup 20 --log-every 20 --workers 1)
+mkdir -p "$OUT" && echo "$VERSION" > "$OUT/version" || { echo "demo.sh: cannot write in $OUT" >&2; exit 2; }
+trap 'echo "demo.sh: stopped; the same command goes on from here" >&2' INT TERM
 
-python demo/world.py "$OUT/coco" --train 64 --val 16
-python stage1_heads.py --task detection "${COMMON[@]}" --iters 200 --batch 2 --lr 3e-4 --out "$OUT/detection"
-python stage2_lora.py --tasks detection --heads "$OUT" "${COMMON[@]}" --iters 100 --batch 2 --lr 1e-3 --out "$OUT/visft"
+step() { # step WHAT FILE COMMAND...: run COMMAND unless there is FILE, which it makes
+    local what=$1 file=$2 start=$SECONDS
+    shift 2
+    if [ -e "$file" ]; then
+        echo "== $what: done before"
+        return
+    fi
+    echo "== $what"
+    "$@"
+    printf '%s\t%s\n' "$what" $((SECONDS - start)) >> "$OUT/times.tsv"
+}
 
-python - "$OUT/detection/log.jsonl" "$OUT/visft/log.jsonl" <<'END'
-import json, sys
-for path in sys.argv[1:]:
-    for row in map(json.loads, open(path)):
-        print(f"{path}  step {row['step']:4d}  loss {row['detection/loss']:6.2f}")
-END
+WORLD=$OUT/world
+M=(--model eva_mini.px112 --weights demo/eva_mini_clip.safetensors)
+TASKS=(detection segmentation)
+TRAIN=("${M[@]}" --coco "$WORLD/coco" --image-scale 0.25 --warmup 20 --log-every 10 --workers 1)
+
+step "The world: scenes, words, classes, boxes" "$WORLD" python demo/world.py "$WORLD"
+
+step "Stage 1 (Algorithm 1): T_detection on the frozen M" "$OUT/detection/detection.safetensors" \
+    python stage1_heads.py --task detection "${TRAIN[@]}" --iters 300 --batch 4 --lr 3e-4 --out "$OUT/detection"
+step "Stage 1 (Algorithm 1): T_segmentation on the frozen M" "$OUT/segmentation/segmentation.safetensors" \
+    python stage1_heads.py --task segmentation "${TRAIN[@]}" --iters 120 --batch 4 --lr 3e-4 \
+    --out "$OUT/segmentation"
+
+for ((seed = 0; seed < SEEDS; seed++)); do
+    RUN=$OUT/seed$seed
+    LORA=$RUN/visft/lora.safetensors
+    step "Stage 2 (Algorithm 2): dW through the frozen heads, seed $seed" "$LORA" \
+        python stage2_lora.py --tasks "${TASKS[@]}" --heads "$OUT" "${TRAIN[@]}" --iters 150 --batch 2 --lr 1e-3 \
+        --seed "$seed" --out "$RUN/visft"
+done
+
+# Pictures of the first seed
+SCENES=("$WORLD"/coco/val2017/*.jpg)
+LAST=$(basename "${SCENES[3]}" .jpg)
+SHOW=("${SCENES[@]:0:4}" "${M[@]}" --compare "$OUT/seed0/visft/lora.safetensors")
+step "Loss curves" "$OUT/figures/curves/curves.png" \
+    python visualize.py curves "$OUT"/{detection,segmentation,seed0/visft}/log.jsonl --out "$OUT/figures/curves"
+step "Attention of [CLS] (Fig. 3)" "$OUT/figures/attention/$LAST.png" \
+    python visualize.py attention "${SHOW[@]}" --out "$OUT/figures/attention"
+step "Boxes and masks" "$OUT/figures/predict/${LAST}_segmentation.png" \
+    python visualize.py predict "${SHOW[@]}" --heads "$OUT" --tasks "${TASKS[@]}" --size 168 --sure 0.3 \
+    --out "$OUT/figures/predict"
+
+echo "== Report"
+python demo/report.py "$OUT"

@@ -1,0 +1,345 @@
+"""Pictures of what M and its heads see, before and after ViSFT; curves of what was trained.
+
+    python visualize.py attention IMAGE|FOLDER ... --compare out/visft/lora_005000.safetensors     # Fig. 3
+    python visualize.py predict IMAGE|FOLDER ... --heads out --tasks detection captioning --lora FILE
+    python visualize.py curves out/detection/log.jsonl out/visft/log.jsonl
+
+attention: of [CLS] to the patches in the last layer, each attention head and their mean; the raw arrays go to
+NAME.npz (`before` and `after`, (heads, H, W), each head sums to 1 together with what [CLS] pays to itself).
+predict: boxes, masks, a panoptic map, or a caption with the place each word was said of; a PNG per image and
+task. curves: every loss of a log.jsonl. Writes PNGs to --out.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional as TF
+
+import backbone as vit
+import common
+import evaluation
+import heads
+import lora
+from data import coco
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+COLORS = plt.get_cmap("tab10").colors
+
+
+def main() -> None:
+    # --- options
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = p.add_subparsers(dest="kind", required=True)
+    for kind, what in (("attention", "Fig. 3: where [CLS] looks"), ("predict", "what the heads answer")):
+        q = kinds.add_parser(kind, help=what)
+        q.add_argument("images", nargs="+", type=Path, metavar="IMAGE|FOLDER")
+        which = q.add_mutually_exclusive_group()
+        which.add_argument(
+            "--lora", default="none", metavar="FILE|none", help="show M with this dW, or without"
+        )
+        which.add_argument("--compare", metavar="FILE", help="show both, without and with this dW")
+        evaluation.add_backbone_options(q)
+        q.add_argument("--out", type=Path, default=Path("out/pictures"), help="folder for the PNGs")
+        q.add_argument("--limit", type=int, help="only the first N images")
+        if kind == "attention":
+            q.add_argument(
+                "--size", type=int, help="side that images are squashed to (default: the model's own)"
+            )
+        else:
+            q.add_argument("--size", type=int, default=672, help="long side, as the heads were trained (672)")
+            q.add_argument(
+                "--heads", nargs="+", default=["out"], help="head files, or folders that hold them"
+            )
+            q.add_argument(
+                "--tasks", nargs="+", choices=heads.HEADS, default=["detection"], help="which heads"
+            )
+            q.add_argument(
+                "--sure", type=float, default=0.5, help="least score of a box or mask that is shown"
+            )
+    q = kinds.add_parser("curves", help="losses over steps")
+    q.add_argument("logs", nargs="+", type=Path, metavar="log.jsonl")
+    q.add_argument("--out", type=Path, default=Path("out/pictures"), help="folder for curves.png")
+    args = p.parse_args()
+    if args.kind == "curves":
+        return curves(args.logs, args.out)
+    check_options(args)
+    files = find_images(args.images)[: args.limit]
+
+    # --- model
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    backbone = vit.load(args.model, args.weights, torch.float32, device, use_cls=not args.no_cls)
+    if args.imagenet_norm:
+        backbone.mean, backbone.std = vit.IMAGENET_NORM
+    become = evaluation.attach(backbone.vit, args)
+    variants = ["before", "after"] if args.compare else ["after" if args.lora else "before"]
+
+    # --- loop
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.kind == "attention":
+        attention(backbone, become, variants, files, args)
+    else:
+        predict(backbone, become, variants, files, args)
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Refuse what cannot work before anything is loaded. Leaves the LoRA file, or None, in args.lora."""
+    for name in ("size", "limit"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    args.lora = args.compare or (None if args.lora == "none" else args.lora)
+    args.weights = args.weights or f"weights/{args.model}.safetensors"
+    common.check_weights(args.weights)
+    if args.lora:
+        tuned = lora.read_header(args.lora).get("backbone", args.model)
+        if tuned != args.model:
+            raise ValueError(f"{args.lora} was tuned on {tuned}, not on --model {args.model}")
+
+
+def find_images(places: list[Path]) -> list[Path]:
+    """Files as they are, and the pictures in folders, by name. Raises FileNotFoundError if there are none."""
+    found = []
+    for place in places:
+        inside = (
+            sorted(f for f in place.glob("*") if f.suffix.lower() in PICTURES) if place.is_dir() else [place]
+        )
+        if not inside or not inside[0].is_file():
+            raise FileNotFoundError(
+                f"{place}: no such picture, and no folder with {', '.join(PICTURES)} in it"
+            )
+        found += inside
+    return found
+
+
+def read(path: Path) -> Tensor:
+    """(3, h, w) uint8. Raises ValueError for what is not a picture."""
+    try:
+        with Image.open(path) as image:
+            return TF.pil_to_tensor(image.convert("RGB"))
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{path} cannot be decoded: {error}") from error
+
+
+# --- attention
+
+
+@torch.no_grad()
+def cls_attention(backbone: vit.Backbone, images: Tensor) -> Tensor:
+    """What [CLS] pays to each patch in the last layer: images (B, 3, h, w) normalized -> (B, heads, H, W)."""
+    layer, seen = backbone.vit.blocks[-1].attn, []
+    fused, layer.fused_attn = layer.fused_attn, False  # timm's plain path hands the weights to attn_drop
+    hook = layer.attn_drop.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+    try:
+        f = backbone(images)
+    finally:
+        layer.fused_attn = fused
+        hook.remove()
+    H, W = f.grid.shape[2:]
+    return seen[0][:, :, 0, -H * W :].float().unflatten(-1, (H, W))
+
+
+def attention(backbone: vit.Backbone, become, variants: list[str], files: list[Path], args) -> None:
+    """NAME.npz and NAME.png for each file: a row for each variant, the mean and then each attention head."""
+    if not backbone.has_cls:
+        raise ValueError(f"--model {args.model}{' --no-cls' * args.no_cls}: there is no [CLS] to look from")
+    side = args.size or backbone.vit.patch_embed.img_size[0]
+    if side % backbone.patch:
+        raise ValueError(f"--size {side}: must be a multiple of the patch, {backbone.patch}")
+    for path in files:
+        pixels = TF.resize(read(path), [side, side], antialias=True)
+        image = TF.normalize(TF.to_dtype(pixels, scale=True), backbone.mean, backbone.std)
+        maps = {}
+        for variant in variants:
+            become(variant)
+            maps[variant] = (
+                cls_attention(backbone, image[None].to(backbone.vit.cls_token.device))[0].cpu().numpy()
+            )
+        np.savez(args.out / f"{path.stem}.npz", **maps)
+        save_attention(pixels, maps, args.out / f"{path.stem}.png")
+
+
+def save_attention(pixels: Tensor, maps: dict[str, np.ndarray], out: Path) -> None:
+    """One scale of brightness per column, so that before and after can be compared."""
+    columns = {v: [m.mean(0), *m] for v, m in maps.items()}
+    count = len(next(iter(columns.values())))
+    _, axes = plt.subplots(
+        len(maps),
+        count + 1,
+        figsize=(1.6 * (count + 1), 1.75 * len(maps)),
+        squeeze=False,
+        layout="constrained",
+    )
+    extent = (0, pixels.shape[2], pixels.shape[1], 0)
+    for row, (variant, shown) in zip(axes, columns.items(), strict=True):
+        row[0].imshow(pixels.permute(1, 2, 0))
+        row[0].set_title(variant, fontsize=9)
+        for k, (axis, values) in enumerate(zip(row[1:], shown, strict=True)):
+            most = max(c[k].max() for c in columns.values())
+            axis.imshow(pixels.float().mean(0), cmap="gray", extent=extent)
+            axis.imshow(
+                values, cmap="inferno", alpha=0.75, vmin=0, vmax=most, extent=extent, interpolation="bilinear"
+            )
+            axis.set_title(f"head {k}" if k else "mean of heads", fontsize=9)
+    finish(axes, out)
+
+
+def finish(axes: np.ndarray, out: Path) -> None:
+    for axis in axes.flat:
+        axis.axis("off")
+    plt.savefig(out, dpi=130)
+    plt.close()
+    print(out, flush=True)
+
+
+# --- predictions
+
+
+def predict(backbone: vit.Backbone, become, variants: list[str], files: list[Path], args) -> None:
+    """NAME_TASK.png for each file and task: the picture with the answers, one column for each variant."""
+    device = next(backbone.parameters()).device
+    for task in args.tasks:
+        path = heads.find(args.heads, task, common.features_of(args))
+        head = heads.load(path, backbone.dim).to(device)
+        answer_of = head.predict_panoptic if task == "panoptic" else head.predict
+        categories = head.config.get("categories")
+        for file in files:
+            pixels = read(file)
+            h, w = pixels.shape[1:]
+            size = [max(1, round(side * args.size / max(h, w))) for side in (h, w)]
+            image = TF.resize(pixels, size, antialias=True)
+            target = {"image_id": 0, "orig_size": (h, w), "size": tuple(size)}
+            images, valid, y = coco.collate([(image, target)], backbone.patch, backbone.mean, backbone.std)
+            answers = {}
+            for variant in variants:
+                become(variant)
+                with torch.no_grad():
+                    answers[variant] = answer_of(backbone(images.to(device), valid), y)[0]
+            out = args.out / f"{file.stem}_{task}.png"
+            save_caption(pixels, answers, out) if task == "captioning" else save_answers(
+                pixels, answers, categories, args.sure, out
+            )
+
+
+def save_answers(pixels: Tensor, answers: dict, categories: list[dict], sure: float, out: Path) -> None:
+    """Boxes, masks or a panoptic map over the picture, which stands on the left."""
+    h, w = pixels.shape[1:]
+    _, axes = plt.subplots(
+        1,
+        len(answers) + 1,
+        figsize=(4 * (len(answers) + 1), 4 * h / w + 0.3),
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis in axes[0]:
+        axis.imshow(pixels.permute(1, 2, 0))
+    for axis, (variant, answer) in zip(axes[0, 1:], answers.items(), strict=True):
+        if "segments" in answer:
+            shown = draw_segments(axis, answer, categories)
+        else:
+            shown = draw_objects(axis, answer, categories, sure)
+        axis.set_title(f"{variant}: {shown}", fontsize=9)
+    finish(axes, out)
+
+
+def draw_objects(axis, answer: dict, categories: list[dict], sure: float) -> str:
+    """Boxes or masks with their class and score, of those that are at least `sure`."""
+    kept = (answer["scores"] >= sure).nonzero()[:, 0].tolist()
+    for i in kept:
+        label, color = int(answer["labels"][i]), COLORS[int(answer["labels"][i]) % len(COLORS)]
+        if "boxes_xyxy" in answer:
+            x0, y0, x1, y1 = answer["boxes_xyxy"][i].tolist()
+            axis.add_patch(
+                plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=color, linewidth=1.5)
+            )
+        else:
+            mask = answer["masks"][i].cpu().numpy()
+            tint = np.zeros((*mask.shape, 4), np.float32)
+            tint[mask] = (*color, 0.55)
+            axis.imshow(tint)
+            rows, columns = np.nonzero(mask)
+            x0, y0 = (columns.min(), rows.min()) if len(rows) else (0, 0)
+        text = f"{categories[label]['name']} {answer['scores'][i]:.2f}"
+        axis.text(x0, y0, text, fontsize=7, color="white", backgroundcolor=(*color, 0.8), clip_on=True)
+    return f"{len(kept)} at {sure} or more, the best {float(answer['scores'].max()):.2f}"
+
+
+def draw_segments(axis, answer: dict, categories: list[dict]) -> str:
+    segments, names = answer["segments"].cpu().numpy(), {c["id"]: c["name"] for c in categories}
+    for k, info in enumerate(answer["segments_info"]):
+        mask = segments == info["id"]
+        tint = np.zeros((*mask.shape, 4), np.float32)
+        tint[mask] = (*COLORS[k % len(COLORS)], 0.6)
+        axis.imshow(tint)
+        rows, columns = np.nonzero(mask)
+        axis.text(np.median(columns), np.median(rows), names[info["category_id"]], fontsize=7, color="white")
+    return f"{len(answer['segments_info'])} segments"
+
+
+def save_caption(pixels: Tensor, answers: dict, out: Path) -> None:
+    """A row for each variant: the picture with its caption, then where each word was said of."""
+    words = {variant: answer["caption"].split() for variant, answer in answers.items()}
+    most = max(map(len, words.values()))
+    _, axes = plt.subplots(
+        len(answers),
+        most + 1,
+        figsize=(1.7 * (most + 1), 2.1 * len(answers)),
+        squeeze=False,
+        layout="constrained",
+    )
+    extent = (0, pixels.shape[2], pixels.shape[1], 0)
+    for row, (variant, answer) in zip(axes, answers.items(), strict=True):
+        row[0].imshow(pixels.permute(1, 2, 0))
+        row[0].set_title(variant, fontsize=9)
+        for axis, word, weights in zip(row[1:], words[variant], answer["attention"].cpu(), strict=False):
+            axis.imshow(pixels.float().mean(0), cmap="gray", extent=extent)
+            axis.imshow(weights, cmap="inferno", alpha=0.6, extent=extent, interpolation="bilinear")
+            axis.set_title(word, fontsize=9)
+    finish(axes, out)
+
+
+# --- curves
+
+
+def curves(logs: list[Path], out: Path) -> None:
+    """curves.png: one panel for each log, one line for each `TASK/loss` in it."""
+    rows = {path: read_log(path) for path in logs}
+    _, axes = plt.subplots(1, len(logs), figsize=(4.5 * len(logs), 3.2), squeeze=False, layout="constrained")
+    for axis, (path, lines) in zip(axes[0], rows.items(), strict=True):
+        for name in sorted({key for line in lines for key in line if key.endswith("/loss")}):
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            axis.plot(*zip(*points, strict=True), label=name)
+        axis.set_title(path.parent.name, fontsize=10)
+        axis.set_xlabel("step")
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+    out.mkdir(parents=True, exist_ok=True)
+    plt.savefig(out / "curves.png", dpi=130)
+    plt.close()
+    print(out / "curves.png", flush=True)
+
+
+def read_log(path: Path) -> list[dict]:
+    """Raises FileNotFoundError, or ValueError if it is not a log of ours."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no log at {path}")
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        if not any(key.endswith("/loss") for line in lines for key in line):
+            raise ValueError("no loss in it")
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not a log.jsonl of stage1_heads.py or stage2_lora.py: {error}"
+        ) from error
+    return lines
+
+
+if __name__ == "__main__":
+    common.launch(main)
