@@ -268,7 +268,8 @@ def draw_objects(axis, answer: dict, categories: list[dict], sure: float) -> str
             x0, y0 = (columns.min(), rows.min()) if len(rows) else (0, 0)
         text = f"{categories[label]['name']} {answer['scores'][i]:.2f}"
         axis.text(x0, y0, text, fontsize=7, color="white", backgroundcolor=(*color, 0.8), clip_on=True)
-    return f"{len(kept)} at {sure} or more, the best {float(answer['scores'].max()):.2f}"
+    best = max(answer["scores"].tolist(), default=0.0)
+    return f"{len(kept)} at {sure} or more, the best {best:.2f}"
 
 
 def draw_segments(axis, answer: dict, categories: list[dict]) -> str:
@@ -310,9 +311,9 @@ def save_caption(pixels: Tensor, answers: dict, out: Path) -> None:
 
 def curves(logs: list[Path], out: Path) -> None:
     """curves.png: one panel for each log, one line for each `TASK/loss` in it."""
-    rows = {path: read_log(path) for path in logs}
+    rows = [read_log(path) for path in logs]
     _, axes = plt.subplots(1, len(logs), figsize=(4.5 * len(logs), 3.2), squeeze=False, layout="constrained")
-    for axis, (path, lines) in zip(axes[0], rows.items(), strict=True):
+    for axis, path, lines in zip(axes[0], logs, rows, strict=True):
         for name in sorted({key for line in lines for key in line if key.endswith("/loss")}):
             points = [(line["step"], line[name]) for line in lines if name in line]
             axis.plot(*zip(*points, strict=True), label=name)
