@@ -28,6 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import backbone  # noqa: E402, F401  registers eva_mini
+import common  # noqa: E402
 from demo import world  # noqa: E402
 
 SIDE, CONTEXT = 128, 24  # pictures are kept a little larger than the model's 112 px, to crop from
@@ -121,11 +122,8 @@ def accuracy(model: torch.nn.Module, preprocess, seed: int) -> float:
     tokenize = open_clip.get_tokenizer("eva_mini_clip")
     classifier = open_clip.build_zero_shot_classifier(model, tokenize, world.THINGS, world.TEMPLATES)
     f = model.encode_image(torch.stack([preprocess(p) for p in pictures]), normalize=True)
-    return float(
-        ((f @ classifier).argmax(1) == torch.tensor([world.THINGS.index(t.name) for t in things]))
-        .float()
-        .mean()
-    )
+    labels = torch.tensor([world.THINGS.index(thing.name) for thing in things])
+    return float(((f @ classifier).argmax(1) == labels).float().mean())
 
 
 def main() -> None:
@@ -148,6 +146,10 @@ def main() -> None:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--resume", action="store_true", help="go on with the run in --out")
     args = p.parse_args()
+    if min(args.pictures // max(args.batch, 1), args.batch, args.steps, args.decay, args.save_every) < 1:
+        raise ValueError("--batch, --steps, --decay, --save-every must be at least 1, --pictures a batch")
+    if (args.out / "last.pt").exists() and not args.resume:
+        raise ValueError(f"--out {args.out} holds a run: pass --resume to go on with it, or another --out")
 
     # --- setup
     args.out.mkdir(parents=True, exist_ok=True)
@@ -226,4 +228,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    common.launch(main)

@@ -141,7 +141,8 @@ def main() -> None:
     p.add_argument("out", type=Path, help="folder of the demo's runs")
     args = p.parse_args()
     if not args.out.is_dir():
-        sys.exit(f"report.py: no folder {args.out}: runs/demo.sh makes it")
+        print(f"report.py: no folder {args.out}: runs/demo.sh makes it", file=sys.stderr)
+        sys.exit(2)
     parts = sections(args.out)
     for name, content in (("report.md", markdown(parts, args.out)), ("report.html", page(parts))):
         part = args.out / f"{name}.tmp"

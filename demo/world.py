@@ -19,6 +19,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -526,7 +527,8 @@ def each(function: Callable, items: range) -> list:
     """The results in order, made by all cores if there is enough to do."""
     if len(items) < 64:
         return list(map(function, items))
-    with ProcessPoolExecutor() as pool:
+    ignore = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))  # Ctrl-C is ours
+    with ProcessPoolExecutor(**ignore) as pool:
         return list(pool.map(function, items, chunksize=16))
 
 
@@ -687,7 +689,10 @@ def main() -> None:
         write_world(part, args.train, args.val, args.words, args.size, args.seed)
         os.rename(part, args.out)
     except (ValueError, OSError, lmdb.Error) as error:
-        sys.exit(f"world.py: {error}")
+        print(f"world.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
     print(f"{args.out}: {args.train} + {args.val} scenes")
 
 

@@ -255,9 +255,9 @@ def test_an_existing_folder_is_left_alone_and_bad_places_are_named(tmp_path):
     mine.mkdir()
     (mine / "thesis.txt").write_text("years of work")
     code, said = run(mine)
-    assert code == 1 and "nothing was changed" in said
+    assert code == 2 and "nothing was changed" in said
     assert [f.name for f in mine.iterdir()] == ["thesis.txt"]
     code, said = run(mine / "thesis.txt" / "world")
-    assert code == 1 and "thesis.txt" in said
+    assert code == 2 and "thesis.txt" in said
     code, said = run(tmp_path / "new", "--size", "20")
-    assert code == 1 and "--size 48" in said and not (tmp_path / "new").exists()
+    assert code == 2 and "--size 48" in said and not (tmp_path / "new").exists()

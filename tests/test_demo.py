@@ -1,0 +1,161 @@
+"""The demo: its committed model as open_clip and our backbone see it, what it knows, its report and steps."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+import backbone as vit
+from demo import pretrain, report, world
+
+ROOT = Path(__file__).resolve().parents[1]
+WEIGHTS = ROOT / "demo" / "eva_mini_clip.safetensors"
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """The committed model, its transform and its tokenizer, by open_clip alone, from another folder."""
+    here = os.getcwd()
+    os.chdir(tmp_path_factory.mktemp("elsewhere"))
+    try:
+        open_clip.add_model_config(ROOT / "demo" / "eva_mini_clip.json")
+        model, _, preprocess = open_clip.create_model_and_transforms("eva_mini_clip", str(WEIGHTS))
+        yield model.eval(), preprocess, open_clip.get_tokenizer("eva_mini_clip")
+    finally:
+        os.chdir(here)
+
+
+def test_the_file_is_small():
+    assert WEIGHTS.stat().st_size <= 12e6
+
+
+@torch.no_grad()
+def test_open_clips_tower_and_ours_are_the_same(clip):
+    backbone = vit.load("eva_mini.px112", str(WEIGHTS))
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 112, 112)
+    trunk = clip[0].visual.trunk
+    assert trunk.pos_embed.shape == (1, 65, 192)
+    theirs, ours = trunk.forward_features(images), backbone(images)
+    torch.testing.assert_close(ours.cls, theirs[:, 0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(ours.grid.flatten(2).transpose(1, 2), theirs[:, 1:], atol=1e-5, rtol=1e-4)
+    assert ours.cls.std() > 0.1
+
+
+@torch.no_grad()
+def test_it_knows_the_classes(clip):
+    """Zero-shot accuracy as demo/README.md has it, to the image; chance is 1 in 14."""
+    model, preprocess, tokenize = clip
+    pictures, things = zip(*(world.shape_picture((1, i), "plain") for i in range(210)), strict=True)
+    classifier = open_clip.build_zero_shot_classifier(model, tokenize, world.THINGS, world.TEMPLATES)
+    f = model.encode_image(torch.stack([preprocess(p) for p in pictures]), normalize=True)
+    right = (f @ classifier).argmax(1) == torch.tensor([world.THINGS.index(t.name) for t in things])
+    assert int(right.sum()) == known()["zero-shot"]
+    assert right.sum() > 4 * len(things) / len(world.THINGS)
+
+
+@torch.no_grad()
+def test_it_finds_pictures_and_captions(clip):
+    """Recall at 1 of 100 scenes and their first captions, to the image; chance is 1 in 100."""
+    model, preprocess, tokenize = clip
+    images, texts = [], []
+    for i in range(100):
+        rng = np.random.default_rng((9, i))
+        scene = world.scene(rng, 112)
+        images.append(preprocess(scene.image))
+        texts.append(world.sentences(rng, scene)[0])
+    f = model.encode_image(torch.stack(images), normalize=True)
+    t = model.encode_text(tokenize(texts), normalize=True)
+    recall = [int(((s.argmax(1)) == torch.arange(100)).sum()) for s in (f @ t.T, t @ f.T)]
+    assert recall == [known()["image to text"], known()["text to image"]]
+    assert min(recall) >= 10
+
+
+def known() -> dict[str, int]:
+    """The counts that demo/README.md states, of the lines `| zero-shot | 123 of 210 |`."""
+    lines = (ROOT / "demo" / "README.md").read_text().splitlines()
+    cells = [
+        [c.strip() for c in line.strip("|").split("|")] for line in lines if " of " in line and "|" in line
+    ]
+    return {name: int(count.split()[0]) for name, count, *_ in cells}
+
+
+def test_alt_text_names_a_part_and_no_positions():
+    """What makes the pretraining coarse: one to three things, and never where they are."""
+    fewer = 0
+    for i in range(200):
+        rng = np.random.default_rng(i)
+        scene = world.scene(rng, 96)
+        text = pretrain.sentence(rng, scene.things, list(scene.stuff))
+        assert not any(word in text for word in ("left", "right", "above", "below", "behind", "front"))
+        named = text.count(" and ") + 1
+        assert named <= 3 and (scene.things == [] or named <= len(scene.things))
+        fewer += named < len(scene.things)
+    assert fewer > 80
+
+
+def test_a_crop_is_the_window_it_says():
+    pictures = np.zeros((2, 128, 128, 3), np.uint8)
+    pictures[:, :, 64:] = 200
+    cut = pretrain.crop(pictures, np.random.default_rng(0), 112, lambda x: x)
+    assert cut.shape == (2, 3, 112, 112) and cut.min() == 0 and cut.max() == pytest.approx(200 / 255)
+    edge = (cut[0, 0, 50] > 0.4).float().argmax()
+    assert 40 < edge < 75
+
+
+def test_report_has_every_row_and_its_error(tmp_path):
+    rows = {0: (50.0, 53.0), 1: (50.0, 54.0), 2: (50.0, 55.0)}
+    for seed, (before, after) in rows.items():
+        row = dict(
+            set="fonts", metric="accuracy", n=210, before=before, after=after, difference=after - before
+        )
+        alone = dict(
+            set="val", metric="top-1", n=9, before=40.0, after=None, difference=None, low=None, high=None
+        )
+        for name, content in (("ocr", {**row, "low": 1.0, "high": 5.0}), ("goi", alone)):
+            (tmp_path / f"seed{seed}" / name).mkdir(parents=True)
+            (tmp_path / f"seed{seed}" / name / "result.json").write_text(json.dumps({"rows": [content]}))
+    figure = tmp_path / "figures" / "attention" / "one.png"
+    figure.parent.mkdir(parents=True)
+    Image.new("RGB", (4, 4), (9, 8, 7)).save(figure)
+    (tmp_path / "times.tsv").write_text("The world\t7\nStage 2\t30\n")
+    parts = report.sections(tmp_path)
+    text, html = report.markdown(parts, tmp_path), report.page(parts)
+    # differences 3, 4, 5: mean 4, standard error 1 / sqrt(3)
+    expected = ["ocr", "fonts", "accuracy", "210", "50.0", "54.0", "+4.00", "± 0.58 (3 seeds)"]
+    assert f"| {' | '.join(expected)} | +2.5" in text
+    assert "| goi | val | top-1 | 9 | 40.0 | - | - | - |" in text
+    assert "| all | 37 |" in text and "![one](figures/attention/one.png)" in text
+    for cell in expected:
+        assert f"<td>{cell}</td>" in html
+    assert "data:image/png;base64,iVBOR" in html and 'src="figures' not in html
+    for seed in (1, 2):
+        (tmp_path / f"seed{seed}" / "ocr" / "result.json").unlink()
+    assert "+1.0 .. +5.0 (95%, items)" in report.markdown(report.sections(tmp_path), tmp_path)
+
+
+def demo(*arguments, **environment) -> subprocess.CompletedProcess:
+    path = f"{ROOT / '.venv' / 'bin'}:{os.environ['PATH']}"
+    return subprocess.run(
+        ["bash", "runs/demo.sh", *map(str, arguments)],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PATH": path, **environment},
+    )  # fmt: skip
+
+
+def test_demo_leaves_what_is_not_its_own_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    done = demo(tmp_path)
+    assert done.returncode == 2 and "nothing was changed" in done.stderr
+    assert [f.name for f in tmp_path.iterdir()] == ["thesis.txt"]
+    (tmp_path / "version").write_text("another")
+    assert demo(tmp_path).returncode == 2
+    done = demo(tmp_path / "thesis.txt" / "out")
+    assert done.returncode == 2 and "cannot write" in done.stderr
+    done = demo(tmp_path / "new", SEEDS="many")
+    assert done.returncode == 2 and "SEEDS" in done.stderr and not (tmp_path / "new").exists()
