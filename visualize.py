@@ -223,9 +223,10 @@ def predict(backbone: vit.Backbone, become, variants: list[str], files: list[Pat
                 with torch.no_grad():
                     answers[variant] = answer_of(backbone(images.to(device), valid), y)[0]
             out = args.out / f"{file.stem}_{task}.png"
-            save_caption(pixels, answers, out) if task == "captioning" else save_answers(
-                pixels, answers, categories, args.sure, out
-            )
+            if task == "captioning":
+                save_caption(pixels, answers, out)
+            else:
+                save_answers(pixels, answers, categories, args.sure, out)
 
 
 def save_answers(pixels: Tensor, answers: dict, categories: list[dict], sure: float, out: Path) -> None:
