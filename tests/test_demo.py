@@ -99,12 +99,18 @@ def test_alt_text_names_a_part_and_no_positions():
 
 
 def test_a_crop_is_the_window_it_says():
-    pictures = np.zeros((2, 128, 128, 3), np.uint8)
-    pictures[:, :, 64:] = 200
-    cut = pretrain.crop(pictures, np.random.default_rng(0), 112, lambda x: x)
-    assert cut.shape == (2, 3, 112, 112) and cut.min() == 0 and cut.max() == pytest.approx(200 / 255)
-    edge = (cut[0, 0, 50] > 0.4).float().argmax()
-    assert 40 < edge < 75
+    """Channels that tell the row and the column: their means are the middle of the window."""
+    places = np.arange(128, dtype=np.uint8)
+    pictures = np.zeros((6, 128, 128, 3), np.uint8)
+    pictures[..., 0], pictures[..., 1] = places[:, None], places
+    cut = pretrain.crop(pictures, np.random.default_rng(5), 112, lambda x: x * 255)  # (6, 3, 112, 112)
+    rng = np.random.default_rng(5)
+    window = rng.integers(109, 129)
+    corners = torch.from_numpy(rng.integers(0, 129 - window, (6, 2)))
+    torch.testing.assert_close(
+        cut[:, :2].mean((2, 3)), (corners + (window - 1) / 2).float(), atol=0.3, rtol=0
+    )
+    assert len(corners.unique()) > 3
 
 
 def test_report_has_every_row_and_its_error(tmp_path):

@@ -53,12 +53,13 @@ def test_the_same_seed_makes_the_same_world(made, tmp_path):
     assert not set(first) & set(other)
 
 
-def test_a_scene_depends_on_its_seed_and_index_alone(made, tmp_path, monkeypatch):
-    """Not on how many there are, nor on the processes that draw them."""
+def test_a_scene_depends_on_its_seed_and_index_alone(tmp_path, monkeypatch):
+    """Not on how many there are, nor on the processes that draw them: 64 are shared among several."""
+    world.write(tmp_path / "many", "train2017", 64, 48, seed=3)
     monkeypatch.setattr(world, "each", lambda function, items: [function(i) for i in reversed(items)][::-1])
-    world.write(tmp_path, "train2017", 5, SIZES["size"], SIZES["seed"])
-    drawn = files(tmp_path / "train2017")
-    assert len(drawn) == 5 and drawn.items() <= files(made / "coco" / "train2017").items()
+    world.write(tmp_path / "few", "train2017", 5, 48, seed=3)
+    many, few = (files(tmp_path / name / "train2017") for name in ("many", "few"))
+    assert len(few) == 5 and few.items() <= many.items()
 
 
 @pytest.mark.parametrize("split", ["train2017", "val2017"])
