@@ -33,6 +33,8 @@ step() { # step WHAT FILE COMMAND...: run COMMAND unless there is FILE, which it
 
 WORLD=$OUT/world
 M=(--model eva_mini.px112 --weights demo/eva_mini_clip.safetensors)
+CLIP=(--clip demo/eva_mini_clip.json --clip-weights demo/eva_mini_clip.safetensors --text-cache "$OUT/texts")
+SETS=(); for set in plain sketch rotated noisy; do SETS+=(--set "$set=$WORLD/shapes/$set"); done
 TASKS=(detection segmentation)
 TRAIN=("${M[@]}" --coco "$WORLD/coco" --image-scale 0.25 --warmup 20 --log-every 10 --workers 1)
 
@@ -50,6 +52,20 @@ for ((seed = 0; seed < SEEDS; seed++)); do
     step "Stage 2 (Algorithm 2): dW through the frozen heads, seed $seed" "$LORA" \
         python stage2_lora.py --tasks "${TASKS[@]}" --heads "$OUT" "${TRAIN[@]}" --iters 150 --batch 2 --lr 1e-3 \
         --seed "$seed" --out "$RUN/visft"
+
+    # Algorithm 3: each with M and with M and dW; a new evaluation is a new step whose folder's name is its row's
+    BOTH=(--compare "$LORA" --seed "$seed" --workers 1)
+    step "Algorithm 3: OCR (Table 3), seed $seed" "$RUN/ocr/result.json" \
+        python eval_ocr.py "${M[@]}" "${BOTH[@]}" --train "$WORLD/words/train" --test "$WORLD/words/test" \
+        --size 56 112 --width 128 --iters 200 --batch 32 --lr 1e-3 --warmup 20 --out "$RUN/ocr"
+    step "Algorithm 3: grounded object identification (Table 4), seed $seed" "$RUN/goi/result.json" \
+        python eval_goi.py "${M[@]}" "${BOTH[@]}" --train "$WORLD/goi/train.jsonl" --val "$WORLD/goi/val.jsonl" \
+        --size 112 --out "$RUN/goi"
+    step "Algorithm 3: zero-shot classification (Table 5), seed $seed" "$RUN/zeroshot/result.json" \
+        python eval_zeroshot.py classification "${CLIP[@]}" "${BOTH[@]}" "${SETS[@]}" --out "$RUN/zeroshot"
+    step "Algorithm 3: retrieval (Table 6), seed $seed" "$RUN/retrieval/result.json" \
+        python eval_zeroshot.py retrieval "${CLIP[@]}" "${BOTH[@]}" --captions "$WORLD/coco/dataset_coco.json" \
+        --images "$WORLD/coco" --out "$RUN/retrieval"
 done
 
 # Pictures of the first seed
