@@ -58,7 +58,6 @@ def test_it_knows_the_classes(clip):
     f = model.encode_image(torch.stack([preprocess(p) for p in pictures]), normalize=True)
     right = (f @ classifier).argmax(1) == torch.tensor([world.THINGS.index(t.name) for t in things])
     assert int(right.sum()) == known()["zero-shot"]
-    assert right.sum() > 4 * len(things) / len(world.THINGS)
 
 
 @torch.no_grad()
