@@ -81,7 +81,6 @@ def sections(out: Path) -> list[tuple]:
     if rows:
         told = f"Percent, mean of {seeds} seed{'s' * (seeds > 1)} of stage 2 and of the probes."
         parts += [("text", told), ("table", COLUMNS, rows)]
-        parts += [("text", "With error bars, and what may be concluded: demo/README.md.")]
     else:
         parts += [("text", "No evaluation has been run.")]
     captions = {
