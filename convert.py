@@ -101,9 +101,7 @@ def main() -> None:
     add("--from", dest="kind", choices=kinds, help="what SRC is (default: by its names)")
     add("--model", help=model)
     add("--words", metavar="FILE", help="captioning: the release's WORDMAP_*.json (default: <1>, <2>, ...)")
-    add = sub.add_parser(
-        "export", help="backbone + LoRA -> timm, open_clip, BLIP-2, EVA-CLIP, PEFT"
-    ).add_argument
+    add = sub.add_parser("export", help="backbone + LoRA -> the files of others").add_argument
     add("dst", metavar="DST", help="what to write: .safetensors (timm, open_clip), .pt (eva_clip), a folder")
     add("--weights", required=True, help="a backbone; the whole CLIP or BLIP-2 where that is the target")
     add("--to", required=True, choices=SUFFIX, help="who should be able to load it")

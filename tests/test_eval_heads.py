@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from argparse import Namespace
@@ -139,6 +140,15 @@ def test_panoptic_truth_against_itself_scores_100(real_coco, tmp_path):
     assert scorer.intervals(after, after)["PQ"] == (0, 0)
 
 
+def test_the_panoptic_interval_is_paired():
+    """However unlike the images are: none of that is in the difference of a run from itself."""
+    scorer = eval_heads.PanopticQuality.__new__(eval_heads.PanopticQuality)
+    scorer.categories, scorer.seed = [{"id": 1, "name": "sky", "isthing": False}], 0
+    counts = np.array([[[0.9, 1, 0, 0]], [[0, 0, 5, 5]], [[0.6, 1, 3, 0]]])  # (n, C, 4)
+    assert scorer.intervals(counts, counts)["PQ"] == (0, 0)
+    assert scorer.intervals(counts, counts * 0 + counts[0])["PQ"][0] >= 0
+
+
 def test_a_broken_panoptic_answer_is_named(real_coco, tmp_path):
     items, scorer = truth("panoptic", real_coco)
     answer = {
@@ -235,6 +245,27 @@ def test_evaluation_sizes_are_the_releases(real_coco):
     assert len(items) == 2 and items.categories[0] == {"id": 1, "name": "person", "isthing": True}
     items = validation.Images(real_coco, "detection", "val2017", limit=3)
     assert [items[i][1]["image_id"] for i in range(3)] == items.image_ids == sorted(items.image_ids)
+
+
+def test_images_without_annotations_count_where_finding_nothing_is_right(scenes, tmp_path):
+    shutil.copytree(scenes, tmp_path / "coco")
+    for kind in ("instances", "captions"):
+        path = tmp_path / "coco" / "annotations" / f"{kind}_val2017.json"
+        content = json.loads(path.read_text())
+        content["annotations"] = [a for a in content["annotations"] if a["image_id"] != 3]
+        path.write_text(json.dumps(content))
+    for task, ids in (("detection", [1, 2, 3, 4]), ("segmentation", [1, 2, 3, 4]), ("captioning", [1, 2, 4])):
+        items = validation.Images(tmp_path / "coco", task, "val2017")
+        assert items.image_ids == ids and f"{4 - len(ids)} without annotation left out" in items.notes[0]
+
+
+@pytest.mark.parametrize(
+    "task, size", [("detection", (252, 336)), ("segmentation", (378, 504)), ("captioning", (126, 126))]
+)
+def test_scale_is_of_every_size(task, size):
+    """Half of them: long sides 672 / 2; 1022 / 2 in whole patches, 36; 18 / 2 patches."""
+    resized, target = validation.prepare(torch.zeros(3, 480, 640, dtype=torch.uint8), task, 14, scale=0.5)
+    assert tuple(resized.shape[1:]) == target["size"] == size
 
 
 # --- the script
@@ -425,6 +456,26 @@ def test_missing_and_unknown_predictions_are_named(real_coco, tmp_path, task):
         return
     with pytest.raises(ValueError, match=f"1 images have no prediction: {first}"):
         scorer.score(kept)
+
+
+def test_images_are_normalized_as_told(scenes, made, tmp_path, run, monkeypatch):
+    seen, collate = [], coco.collate
+    spy = staticmethod(lambda s, patch, mean, std: seen.append((mean, std)) or collate(s, patch, mean, std))
+    monkeypatch.setattr(validation.Images, "collate", spy)
+    for more in ((), ("--imagenet-norm",)):
+        assert run("eval_heads", *options("detection", scenes, made, tmp_path, "--limit", 1, *more))[0] == 0
+    clip = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    assert seen == [clip, ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
+
+
+def test_ctrl_c_is_one_line_and_leaves_nothing(scenes, made, tmp_path, run, monkeypatch):
+    def predict(self, f, y):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(heads.HEADS["detection"], "predict", predict)
+    code, _, err = run("eval_heads", *options("detection", scenes, made, tmp_path / "out"))
+    assert code == 130 and err.splitlines()[-1].startswith("eval_heads.py: interrupted")
+    assert "Traceback" not in err and not (tmp_path / "out").exists()
 
 
 def test_a_bad_image_is_named(scenes, made, tmp_path, run):
