@@ -177,7 +177,7 @@ def test_killed_and_resumed_is_bit_identical_to_uninterrupted(scenes, head, tmp_
     assert code == 2 and "lr was" in err
 
 
-def test_three_tasks_on_real_images_in_one_process_and_two(real_coco, tmp_path, run):
+def test_three_tasks_on_real_images_in_one_process_and_two(real_coco, tmp_path, run, run_ranks):
     """As the paper runs it; stopped in between, and split over two ranks. Panoptic on its two real images."""
     tiny = {"iters": 2, "image-scale": 0.1, "min-count": 3, "warmup": 0}
     options = stage1(real_coco, tmp_path / "p", **tiny, split="val2017")
@@ -205,8 +205,8 @@ def test_three_tasks_on_real_images_in_one_process_and_two(real_coco, tmp_path, 
 
     halves = ["detection=1", "segmentation=1", "captioning=2"]
     options = stage2(real_coco, tmp_path / "two", made, **together, batch=halves)
-    result = launched("--nproc_per_node", 2, "stage2_lora.py", *options)
-    assert result.returncode == 0, result.stderr
+    codes, outs = run_ranks(2, "stage2_lora", *options)
+    assert codes == [0, 0], outs
     one, two = (
         [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
         for name in ("a", "two")

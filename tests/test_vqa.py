@@ -307,13 +307,11 @@ def test_killed_and_resumed_is_uninterrupted(tmp_path, run, blip):
     assert results[0]["rows"] == results[1]["rows"]
 
 
-def test_two_ranks_are_one_process(tmp_path, run, blip):
+def test_two_ranks_are_one_process(tmp_path, run, run_ranks, blip):
     options = [*write_set(tmp_path / "set"), "--blip2", blip]
     code, *_ = run("eval_vqa", *options, "--out", tmp_path / "one")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*torchrun, "eval_vqa.py", *options, "--out", tmp_path / "two"]
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
-    assert code == 0 and done.returncode == 0, done.stderr[-2000:]
+    codes, outs = run_ranks(2, "eval_vqa", *options, "--out", tmp_path / "two")
+    assert code == 0 and codes == [0, 0], outs
     assert answers_of(tmp_path / "one") == answers_of(tmp_path / "two")
     parts = [(tmp_path / f"two/answers_{rank}.jsonl").read_text().count('"item"') for rank in (0, 1)]
     assert parts == [9, 6]  # 5 images of 3 questions
