@@ -1,5 +1,6 @@
 """Fixtures: the real COCO sample where it is present, a made-up world, scripts run here and on ranks."""
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -16,6 +17,15 @@ from demo import world
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
+
+
+def pytest_collection_finish():
+    """launch() collects garbage after every run: spare it what is imported, half a million objects."""
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

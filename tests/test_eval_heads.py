@@ -1,7 +1,6 @@
 """eval_heads.py: published figures, truth against itself, ranks, and the script as a user runs it."""
 
 import json
-import re
 import shutil
 from argparse import Namespace
 from pathlib import Path
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.distributed.run import get_args_parser
 
 import backbone as vit
 import caption_scores
@@ -314,11 +312,3 @@ def test_a_bad_image_is_named(scenes, made, tmp_path, run):
     picture.write_bytes(picture.read_bytes()[:700])
     code, _, err = run("eval_heads", *options("detection", tmp_path / "coco", made, tmp_path / "out"))
     assert code == 2 and "000000000002.jpg cannot be decoded" in err.splitlines()[-1]
-
-
-def test_help_and_torchrun_take_every_option(run):
-    parser_says = run("eval_heads", "--help")[1]
-    found = re.findall(r"^  (--[a-z-]+)", parser_says, flags=re.MULTILINE)
-    own = [o for action in get_args_parser()._actions for o in action.option_strings]
-    assert {"--head", "--compare", "--fast-eval", "--persons", "--limit"} <= set(found)
-    assert not [(o, t) for o in found for t in own if t.startswith(o) or t.replace("_", "-").startswith(o)]

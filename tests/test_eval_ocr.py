@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_words import some_words, write_lmdb
-from torch.distributed.run import get_args_parser
 
 import backbone as vit
 import eval_ocr
@@ -312,15 +310,6 @@ def test_limit_is_partial(sets, tmp_path, run):
     found = result(tmp_path)
     assert found["partial"] and {r["n"] for r in found["rows"] if r["set"] in ("SVT", "mine")} == {2}
     assert np.isclose(sum(r["n"] for r in found["rows"] if r["set"] == "all sets found"), 8)
-
-
-@pytest.mark.parametrize("script", ["eval_ocr", "eval_goi"])
-def test_no_option_is_the_beginning_of_one_of_torchruns(script, run):
-    code, out, _ = run(script, "--help")
-    options = set(re.findall(r"--[a-z][a-z-]+", out)) - {"--help", "--nproc"}
-    own = [o.replace("_", "-") for a in get_args_parser()._actions for o in a.option_strings]
-    assert code == 0 and {"--compare", "--train", "--size"} <= options
-    assert not [o for o in options if any(theirs.startswith(o) for theirs in own)]
 
 
 def test_bad_options_and_data_are_one_line(sets, tmp_path, run):
