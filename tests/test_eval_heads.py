@@ -1,12 +1,8 @@
 """eval_heads.py: published figures, truth against itself, ranks, and the script as a user runs it."""
 
 import json
-import os
-import re
 import shutil
 import signal
-import subprocess
-import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -14,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.distributed.run import get_args_parser
 
 import backbone as vit
 import caption_scores
@@ -322,21 +317,13 @@ def test_compare_is_both_runs_in_one(scenes, made, tmp_path, run, task):
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=0.02)
 
 
-def torchrun(n: int, script: str, *options) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", n, script, *options]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [*map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
-    )
-
-
 @pytest.mark.parametrize("images", [1, 3])
-def test_two_ranks_are_one_process_to_the_digit(scenes, made, tmp_path, run, images):
+def test_two_ranks_are_one_process_to_the_digit(scenes, made, tmp_path, run, run_ranks, images):
     """With one image fewer, and one more, than ranks."""
     more = ("--limit", images)
     assert run("eval_heads", *options("detection", scenes, made, tmp_path / "one", *more))[0] == 0
-    result = torchrun(2, "eval_heads.py", *options("detection", scenes, made, tmp_path / "two", *more))
-    assert result.returncode == 0, result.stderr
+    codes, outs = run_ranks(2, "eval_heads", *options("detection", scenes, made, tmp_path / "two", *more))
+    assert codes == [0, 0], outs
     one, two = (json.loads((tmp_path / n / "result.json").read_text())["rows"] for n in ("one", "two"))
     assert one == two
     files = [(tmp_path / n / "predictions_before.json").read_bytes() for n in ("one", "two")]
@@ -484,11 +471,3 @@ def test_a_bad_image_is_named(scenes, made, tmp_path, run):
     picture.write_bytes(picture.read_bytes()[:700])
     code, _, err = run("eval_heads", *options("detection", tmp_path / "coco", made, tmp_path / "out"))
     assert code == 2 and "000000000002.jpg cannot be decoded" in err.splitlines()[-1]
-
-
-def test_help_and_torchrun_take_every_option(run):
-    parser_says = run("eval_heads", "--help")[1]
-    found = re.findall(r"^  (--[a-z-]+)", parser_says, flags=re.MULTILINE)
-    own = [o for action in get_args_parser()._actions for o in action.option_strings]
-    assert {"--head", "--compare", "--fast-eval", "--persons", "--limit"} <= set(found)
-    assert not [(o, t) for o in found for t in own if t.startswith(o) or t.replace("_", "-").startswith(o)]

@@ -1,10 +1,7 @@
 """Pose head and person crops against transformers' ViTPose, literal transcriptions, and values by hand."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -450,7 +447,7 @@ def small(people, out, **changed) -> list:
     return [*fixed, *(x for k, v in options.items() for x in (f"--{k}", v))]
 
 
-def test_stages_train_resume_and_agree_over_ranks(people, tmp_path, run):
+def test_stages_train_resume_and_agree_over_ranks(people, tmp_path, run, run_ranks):
     """BatchNorm's running means are part of the run: resumed is uninterrupted, two ranks are one process."""
     one = small(people, tmp_path / "one")
     assert run("stage1_heads", "--task", "pose", *one)[0] == 0
@@ -462,13 +459,9 @@ def test_stages_train_resume_and_agree_over_ranks(people, tmp_path, run):
     parts = load_file(tmp_path / "again" / "pose.safetensors")
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
 
-    command = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "stage1_heads.py", "--task", "pose"]
-    command = [sys.executable, *command, *small(people, tmp_path / "two", batch=1)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        [*map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stderr
+    options = small(people, tmp_path / "two", batch=1)
+    codes, outs = run_ranks(2, "stage1_heads", "--task", "pose", *options)
+    assert codes == [0, 0], outs
     two = load_file(tmp_path / "two" / "pose.safetensors")
     for name, value in whole.items():  # Adam's first steps have the size of the rate whatever the gradient's
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=2e-4)
