@@ -1,6 +1,7 @@
 """eval_heads.py: published figures, truth against itself, ranks, and the script as a user runs it."""
 
 import json
+import os
 import shutil
 import signal
 from argparse import Namespace
