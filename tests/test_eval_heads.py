@@ -345,7 +345,7 @@ def test_what_cannot_be_is_one_line(scenes, real_coco, made, tmp_path, run):
         (["--image-scale", 0], "--image-scale must be in"),
         (["--lora", absent], "no LoRA file"),
         (["--batch", 0], "--batch must be at least 1"),
-        (["--coco", real_coco], "knows 7 categories"),
+        (["--coco", real_coco], "knows 14 categories"),
     ):
         code, _, err = run("eval_heads", *good, *more)
         assert code == 2 and says in err and err.count("\n") == 1, (more, err)
