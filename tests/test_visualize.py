@@ -134,7 +134,17 @@ def test_predictions_as_used(run, scenes, tuned, tmp_path):
         head = heads.HEADS[task](192, categories)
         heads.save(head, tmp_path / "heads" / f"{task}.safetensors", task, backbone="eva_mini.px112")
     picture = sorted((scenes / "val2017").glob("*.jpg"))[0]
-    options = ("--heads", tmp_path / "heads", *MINI, "--compare", tuned, "--size", 112, "--sure", 0.1)
+    options = (
+        "--heads",
+        tmp_path / "heads",
+        *MINI,
+        "--compare",
+        tuned,
+        "--image-scale",
+        0.167,
+        "--sure",
+        0.1,
+    )
     tasks = ("--tasks", "detection", "segmentation", "panoptic")
     code, out, _ = run("visualize", "predict", picture, *options, *tasks, "--out", tmp_path / "p")
     assert code == 0 and out.count(".png") == 3
