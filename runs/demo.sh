@@ -18,7 +18,8 @@ if [ -e "$OUT" ] && [ "$(cat "$OUT/version" 2>/dev/null)" != "$VERSION" ]; then
     exit 2
 fi
 mkdir -p "$OUT" && echo "$VERSION" > "$OUT/version" || { echo "demo.sh: cannot write in $OUT" >&2; exit 2; }
-trap 'echo "demo.sh: stopped; the same command goes on from here" >&2; exit 130' INT TERM
+trap 'exit 130' INT TERM
+trap '[ $? = 0 ] || echo "demo.sh: stopped; the same command goes on from here" >&2' EXIT
 
 step() { # step WHAT FILE COMMAND...: run COMMAND, which makes FILE, unless it did so before
     local what=$1 file=$2 start=$SECONDS

@@ -13,6 +13,7 @@ import backbone as vit
 import heads
 import lora
 import visualize
+from data.pose import mirror
 
 MINI = ("--model", "eva_mini.px112", "--weights", "random")
 
@@ -151,6 +152,44 @@ def test_predictions_as_used(run, scenes, tuned, tmp_path):
     assert sorted(f.name for f in (tmp_path / "p").iterdir()) == [
         f"{picture.stem}_{task}.png" for task in ("detection", "panoptic", "segmentation")
     ]
+
+
+def test_keypoints_as_used(run, scenes, tmp_path):
+    """Boxes of --persons by the number in a picture's name; without them the whole picture is one."""
+    content = json.loads((scenes / "annotations" / "person_keypoints_val2017.json").read_text())
+    names = content["categories"][0]["keypoints"]
+    categories = [{"id": 1, "name": "person", "keypoints": names, "mirror": mirror(names)}]
+    heads.save(heads.HEADS["pose"](192, categories), tmp_path / "pose.safetensors", "pose")
+    first, second = sorted((scenes / "val2017").glob("*.jpg"))[:2]
+    boxes = [{"image_id": int(first.stem), "bbox": [1, 2, 30, 40], "score": s} for s in (0.5, 0.25)]
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+    options = (*MINI, "--heads", tmp_path, "--tasks", "pose", "--image-scale", 0.5, "--sure", 0)
+    for place in ((), ("--persons", tmp_path / "boxes.json")):
+        code, out, err = run("visualize", "predict", first, second, *options, *place, "--out", tmp_path / "p")
+        assert code == 0 and out.count("_pose.png") == 2, err
+    pixels = torch.zeros(3, 50, 60, dtype=torch.uint8)
+    (tmp_path / "holiday.png").write_bytes(first.read_bytes())
+    code, _, err = run("visualize", "predict", tmp_path / "holiday.png", *options, *place)
+    assert code == 2 and "this name is none" in err
+    persons = visualize.read_persons(tmp_path / "boxes.json")
+    (_, half), (_, quarter) = visualize.crops(pixels, first, persons, 14, 0.5)
+    assert (half["score"], quarter["score"]) == (0.5, 0.25)
+    assert half["crop_cxcywh"][:2].tolist() == [16, 22]  # the middle of the box
+    assert visualize.crops(pixels, second, persons, 14, 0.5) == []
+    ((_, whole),) = visualize.crops(pixels, second, None, 14, 0.5)
+    assert whole["crop_cxcywh"][:2].tolist() == [30, 25] and whole["score"] == 1
+
+
+def test_what_is_drawn_of_persons_is_what_was_answered():
+    names = ["nose", "left_eye", "right_eye", "left_ear"]
+    keypoints = torch.tensor([[10.0, 9, 0.9], [12, 8, 0.8], [8, 8, 0.1], [14, 9, 0.7]])
+    axis = plt.figure().add_subplot()
+    told = visualize.draw_persons(axis, [{"keypoints": keypoints}], names, 0.5)
+    assert told == "3 keypoints at 0.5 or more, 1 persons"
+    lines = {tuple(map(tuple, line.get_xydata().tolist())) for line in axis.lines}
+    assert lines == {((12, 8), (14, 9)), ((10, 9), (12, 8))}  # eye to ear, nose to eye
+    assert axis.collections[0].get_offsets().tolist() == [[10, 9], [12, 8], [14, 9]]
+    plt.close("all")
 
 
 def test_curves_as_used(run, tmp_path):
