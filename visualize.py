@@ -234,7 +234,7 @@ def predict(backbone: vit.Backbone, become, variants: list[str], files: list[Pat
                 answers[variant] = answer(backbone, head, task, samples)
             out = args.out / f"{file.stem}_{task}.png"
             if task == "captioning":
-                save_caption(pixels, answers, out)
+                save_caption(pixels, answers, head.config["vocabulary"], out)
             else:
                 save_answers(pixels, answers, head.config["categories"], args.sure, out)
 
@@ -355,9 +355,10 @@ def draw_persons(axis, persons: list[dict], names: list[str], sure: float) -> st
     return f"{count} keypoints at {sure} or more, {len(persons)} persons"
 
 
-def save_caption(pixels: Tensor, answers: dict, out: Path) -> None:
-    """A row for each variant: the picture with its caption, then where each word was said of."""
-    words = {variant: answer["caption"].split() for variant, answer in answers.items()}
+def save_caption(pixels: Tensor, answers: dict, vocabulary: list[str], out: Path) -> None:
+    """A row for each variant: the picture, then each word, <unk> too, and where it was said of."""
+    words = {v: [vocabulary[token] for token in answer["tokens"].tolist()] for v, answer in answers.items()}
+    words = {variant: said[: -1 if said[-1] == "<end>" else None] for variant, said in words.items()}
     most = max(map(len, words.values()))
     _, axes = plt.subplots(
         len(answers),

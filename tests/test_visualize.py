@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torchvision.transforms.v2 import functional as TF
 
 import backbone as vit
 import heads
@@ -117,14 +118,33 @@ def test_what_is_drawn_is_what_was_answered():
     plt.close("all")
 
 
-def test_a_caption_is_drawn_with_a_map_for_each_word(tmp_path):
-    answers = {
-        "before": {"caption": "a red star", "attention": torch.rand(4, 14, 14)},
-        "after": {"caption": "two", "attention": torch.rand(2, 14, 14)},
-    }
-    visualize.save_caption(torch.zeros(3, 40, 60, dtype=torch.uint8), answers, tmp_path / "c.png")
-    with Image.open(tmp_path / "c.png") as image:
-        assert image.width > image.height and np.asarray(image).std() > 10
+def test_a_caption_is_drawn_with_a_map_for_each_word(run, scenes, tmp_path, monkeypatch):
+    """The captioner's own, having learned one sentence; also behind an <unk>, which captions leave out."""
+    backbone = vit.load(MINI[1], "random")
+    picture = sorted((scenes / "val2017").glob("*.jpg"))[0]
+    pixels = TF.resize(visualize.read(picture), [70, 70], antialias=True)
+    f = backbone(TF.normalize(TF.to_dtype(pixels, scale=True), backbone.mean, backbone.std)[None])
+    vocabulary = ["<pad>", "red", "star", "on", "grass", "<unk>", "<start>", "<end>"]
+    torch.manual_seed(0)
+    head = heads.HEADS["captioning"](192, vocabulary).eval()
+    optimizer = torch.optim.Adam(head.parameters(), 3e-3)
+    for _ in range(20):
+        optimizer.zero_grad()
+        head.loss(f, [{"tokens": torch.tensor([6, 1, 5, 2, 3, 4, 7])}])[0].backward()
+        optimizer.step()
+    heads.save(head, tmp_path / "captioning.safetensors", "captioning", backbone=MINI[1])
+
+    drawn, finish = [], visualize.finish
+    monkeypatch.setattr(visualize, "finish", lambda axes, out: drawn.append(axes) or finish(axes, out))
+    options = ("--heads", tmp_path, "--tasks", "captioning", "--image-scale", 0.25, "--out", tmp_path)
+    code, out, err = run("visualize", "predict", picture, *MINI, *options)
+    assert code == 0 and f"{picture.stem}_captioning.png" in out, err
+    ((axes,),) = drawn
+    assert [axis.get_title() for axis in axes] == ["before", "red", "<unk>", "star", "on", "grass"]
+    (answer,) = head.predict(f, [{"image_id": 0}])
+    assert answer["attention"].std(0).max() > 1e-4  # not the same for every word
+    for axis, weights in zip(axes[1:], answer["attention"], strict=False):
+        np.testing.assert_allclose(axis.images[1].get_array(), weights, atol=1e-6)
 
 
 def test_predictions_as_used(run, scenes, tuned, tmp_path):
