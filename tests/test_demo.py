@@ -152,9 +152,9 @@ def demo(*arguments, **environment) -> subprocess.CompletedProcess:
 
 
 STUB = r"""#!/usr/bin/env bash
-# In the place of python: notes the call and makes what it would make; the STOP-th call is interrupted
+# In the place of python: notes the call and makes what it would; the STOP-th call is interrupted after that
 echo "$*" >> "$CALLS"
-[ "$(wc -l < "$CALLS")" = "$STOP" ] && exit 130
+[ "$(wc -l < "$CALLS")" = "$STOP" ] && trap 'exit 130' EXIT
 case $1 in demo/world.py) mkdir -p "$2/coco/val2017" && touch "$2"/coco/val2017/{1,2,3,4}.jpg ;; esac
 while [ $# -gt 1 ]; do [ "$1" = --out ] && break; shift; done
 out=${2:-/dev/null}
