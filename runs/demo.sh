@@ -44,16 +44,15 @@ TRAIN=("${M[@]}" --coco "$WORLD/coco" "${SCALE[@]}" --warmup 20 --log-every 10 -
 
 step "The world: scenes, words, classes, boxes" "$WORLD" python demo/world.py "$WORLD"
 
-# Algorithm 1; the paper's batches are 1, 1 and 32 per GPU, of 8
-declare -A STAGE1=(
-    [detection]="--iters 200 --batch 4 --lr 5e-4"
-    [segmentation]="--iters 100 --batch 2 --lr 5e-4"
-    [captioning]="--iters 180 --batch 16 --lr 2e-3"
-)
-for task in "${TASKS[@]}"; do
+stage1() { # stage1 TASK OPTIONS...
+    local task=$1
+    shift
     step "Stage 1 (Algorithm 1): T_$task on the frozen M" "$OUT/$task/$task.safetensors" \
-        python stage1_heads.py --task "$task" "${TRAIN[@]}" ${STAGE1[$task]} --out "$OUT/$task"
-done
+        python stage1_heads.py --task "$task" "${TRAIN[@]}" "$@" --out "$OUT/$task"
+}
+stage1 detection --iters 200 --batch 4 --lr 5e-4
+stage1 segmentation --iters 100 --batch 2 --lr 5e-4
+stage1 captioning --iters 180 --batch 16 --lr 2e-3
 
 for ((seed = 0; seed < SEEDS; seed++)); do
     RUN=$OUT/seed$seed
