@@ -6,11 +6,12 @@
 
 attention: of [CLS] to the patches in the last layer, each attention head and their mean; the raw arrays go to
 NAME.npz (`before` and `after`, (heads, H, W), each head sums to 1 together with what [CLS] pays to itself).
-predict: boxes, masks, a panoptic map, or a caption with the place each word was said of; a PNG per image and
-task. curves: every loss of a log.jsonl. Writes PNGs to --out.
+predict: boxes, masks, a panoptic map, keypoints, or a caption with the place each word was said of; a PNG per
+image and task, at the sizes of eval_heads.py. curves: every loss of a log.jsonl. Writes PNGs to --out.
 """
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import matplotlib
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as TF
 
 import backbone as vit
@@ -26,13 +27,21 @@ import common
 import evaluation
 import heads
 import lora
-from data import coco
+from data.pose import PersonBoxes, person_crop
+from data.validation import Images, prepare
+from heads import pose
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 COLORS = plt.get_cmap("tab10").colors
+BONES = [  # between COCO's keypoints
+    *(f"left_{a} left_{b}" for a, b in (("shoulder", "elbow"), ("elbow", "wrist"), ("shoulder", "hip"))),
+    *(f"left_{a} left_{b}" for a, b in (("hip", "knee"), ("knee", "ankle"), ("eye", "ear"))),
+]
+BONES += [bone.replace("left", "right") for bone in BONES]
+BONES += [f"left_{part} right_{part}" for part in ("shoulder", "hip")] + ["nose left_eye", "nose right_eye"]
 
 
 def main() -> None:
@@ -55,7 +64,10 @@ def main() -> None:
                 "--size", type=int, help="side that images are squashed to (default: the model's own)"
             )
         else:
-            q.add_argument("--size", type=int, default=672, help="long side, as the heads were trained (672)")
+            scale = "times the release's sizes, as the heads were trained"
+            q.add_argument("--image-scale", type=float, default=1.0, help=scale)
+            persons = "pose: boxes, COCO results; an image's id is its name (default: the whole image is one)"
+            q.add_argument("--persons", type=Path, metavar="FILE", help=persons)
             q.add_argument(
                 "--heads", nargs="+", default=["out"], help="head files, or folders that hold them"
             )
@@ -63,7 +75,7 @@ def main() -> None:
                 "--tasks", nargs="+", choices=heads.HEADS, default=["detection"], help="which heads"
             )
             q.add_argument(
-                "--sure", type=float, default=0.5, help="least score of a box or mask that is shown"
+                "--sure", type=float, default=0.5, help="least score of a box, mask or keypoint that is shown"
             )
     q = kinds.add_parser("curves", help="losses over steps")
     q.add_argument("logs", nargs="+", type=Path, metavar="log.jsonl")
@@ -93,8 +105,10 @@ def main() -> None:
 def check_options(args: argparse.Namespace) -> None:
     """Refuse what cannot work before anything is loaded. Leaves the LoRA file, or None, in args.lora."""
     for name in ("size", "limit"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
+        if getattr(args, name, None) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if args.kind == "predict" and not 0 < args.image_scale <= 2:
+        raise ValueError(f"--image-scale must be in (0, 2], got {args.image_scale}")
     args.lora = args.compare or (None if args.lora == "none" else args.lora)
     args.weights = args.weights or f"weights/{args.model}.safetensors"
     common.check_weights(args.weights)
@@ -204,33 +218,69 @@ def finish(axes: np.ndarray, out: Path) -> None:
 
 def predict(backbone: vit.Backbone, become, variants: list[str], files: list[Path], args) -> None:
     """NAME_TASK.png for each file and task: the picture with the answers, one column for each variant."""
-    device = next(backbone.parameters()).device
+    persons = read_persons(args.persons) if args.persons else None
     for task in args.tasks:
         path = heads.find(args.heads, task, common.features_of(args))
-        head = heads.load(path, backbone.dim).to(device)
-        answer_of = head.predict_panoptic if task == "panoptic" else head.predict
-        categories = head.config.get("categories")
+        head = heads.load(path, backbone.dim).to(next(backbone.parameters()).device)
         for file in files:
-            pixels = read(file)
-            h, w = pixels.shape[1:]
-            size = [max(1, round(side * args.size / max(h, w))) for side in (h, w)]
-            image = TF.resize(pixels, size, antialias=True)
-            target = {"image_id": 0, "orig_size": (h, w), "size": tuple(size)}
-            images, valid, y = coco.collate([(image, target)], backbone.patch, backbone.mean, backbone.std)
-            answers = {}
+            pixels, answers = read(file), {}
+            if task == "pose":
+                samples = crops(pixels, file, persons, backbone.patch, args.image_scale)
+            else:
+                image, target = prepare(pixels, task, backbone.patch, args.image_scale)
+                samples = [(image, {"image_id": 0, **target})]
             for variant in variants:
                 become(variant)
-                with torch.no_grad():
-                    answers[variant] = answer_of(backbone(images.to(device), valid), y)[0]
+                answers[variant] = answer(backbone, head, task, samples)
             out = args.out / f"{file.stem}_{task}.png"
             if task == "captioning":
-                save_caption(pixels, answers, out)
+                save_caption(pixels, answers, head.config["vocabulary"], out)
             else:
-                save_answers(pixels, answers, categories, args.sure, out)
+                save_answers(pixels, answers, head.config["categories"], args.sure, out)
+
+
+@torch.no_grad()
+def answer(backbone: vit.Backbone, head: nn.Module, task: str, samples: list[tuple[Tensor, dict]]) -> dict:
+    """What a head says of one image, or of the crops of its persons."""
+    if not samples:
+        return {"persons": []}
+    collate = PersonBoxes.collate if task == "pose" else Images.collate
+    images, valid, y = collate(samples, backbone.patch, backbone.mean, backbone.std)
+    f = backbone(*common.to_device([images, valid], next(backbone.parameters()).device))
+    if task == "pose":
+        return {"persons": pose.oks_nms(head.predict(f, y))}
+    return (head.predict_panoptic if task == "panoptic" else head.predict)(f, y)[0]
+
+
+def read_persons(path: Path) -> dict[int, list[tuple[list[float], float]]]:
+    """{image id: its boxes x, y, w, h and their scores}. Raises ValueError if it is no COCO results file."""
+    try:
+        found = {}
+        for b in json.loads(path.read_bytes()):
+            found.setdefault(int(b["image_id"]), []).append(
+                ([float(v) for v in b["bbox"]], float(b["score"]))
+            )
+        return found
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--persons {path} is not a COCO results file of boxes: {error}") from error
+
+
+def crops(pixels: Tensor, file: Path, persons: dict | None, patch: int, scale: float) -> list[tuple]:
+    """What the pose head is to see of each person. Raises ValueError if the file's name is no image id."""
+    if persons is None:
+        boxes = [((0, 0, pixels.shape[2], pixels.shape[1]), 1.0)]
+    elif file.stem.isdecimal():
+        boxes = persons.get(int(file.stem), [])
+    else:
+        raise ValueError(
+            f"{file}: --persons goes by image ids, and this name is none (000000000139.jpg: 139)"
+        )
+    made = [(person_crop(pixels, box, patch, scale), score) for box, score in boxes]
+    return [(crop, {**target, "image_id": 0, "score": score}) for (crop, target), score in made]
 
 
 def save_answers(pixels: Tensor, answers: dict, categories: list[dict], sure: float, out: Path) -> None:
-    """Boxes, masks or a panoptic map over the picture, which stands on the left."""
+    """Boxes, masks, a panoptic map or keypoints over the picture, which stands on the left."""
     h, w = pixels.shape[1:]
     _, axes = plt.subplots(
         1,
@@ -244,6 +294,8 @@ def save_answers(pixels: Tensor, answers: dict, categories: list[dict], sure: fl
     for axis, (variant, answer) in zip(axes[0, 1:], answers.items(), strict=True):
         if "segments" in answer:
             shown = draw_segments(axis, answer, categories)
+        elif "persons" in answer:
+            shown = draw_persons(axis, answer["persons"], categories[0]["keypoints"], sure)
         else:
             shown = draw_objects(axis, answer, categories, sure)
         axis.set_title(f"{variant}: {shown}", fontsize=9)
@@ -285,9 +337,28 @@ def draw_segments(axis, answer: dict, categories: list[dict]) -> str:
     return f"{len(answer['segments_info'])} segments"
 
 
-def save_caption(pixels: Tensor, answers: dict, out: Path) -> None:
-    """A row for each variant: the picture with its caption, then where each word was said of."""
-    words = {variant: answer["caption"].split() for variant, answer in answers.items()}
+def draw_persons(axis, persons: list[dict], names: list[str], sure: float) -> str:
+    """Keypoints that are at least `sure`, and the bones between them."""
+    count = 0
+    for person, color in zip(persons, itertools.cycle(COLORS)):
+        kept = {
+            n: (x, y)
+            for n, (x, y, score) in zip(names, person["keypoints"].tolist(), strict=True)
+            if score >= sure
+        }
+        count += len(kept)
+        for a, b in map(str.split, BONES):
+            if a in kept and b in kept:
+                axis.plot(*zip(kept[a], kept[b], strict=True), color=color, linewidth=1.5)
+        if kept:
+            axis.scatter(*zip(*kept.values(), strict=True), color=[color], edgecolors="white", s=14, zorder=3)
+    return f"{count} keypoints at {sure} or more, {len(persons)} persons"
+
+
+def save_caption(pixels: Tensor, answers: dict, vocabulary: list[str], out: Path) -> None:
+    """A row for each variant: the picture, then each word, <unk> too, and where it was said of."""
+    words = {v: [vocabulary[token] for token in answer["tokens"].tolist()] for v, answer in answers.items()}
+    words = {variant: said[: -1 if said[-1] == "<end>" else None] for variant, said in words.items()}
     most = max(map(len, words.values()))
     _, axes = plt.subplots(
         len(answers),

@@ -508,7 +508,12 @@ def panoptic(scene: Scene) -> tuple[np.ndarray, list[dict]]:
             "id": segment, "category_id": category_id, "iscrowd": 0, "area": int(region.sum()),
             "bbox": [*corner, end[0] - corner[0], end[1] - corner[1]],
         })  # fmt: skip
-    return np.stack([ids % 256, ids // 256 % 256, ids // 65536], 2).astype(np.uint8), segments
+    return to_colors(ids), segments
+
+
+def to_colors(ids: np.ndarray) -> np.ndarray:
+    """(h, w) up to 2^24 - 1 -> (h, w, 3) uint8."""
+    return np.stack([ids % 256, ids // 256 % 256, ids // 65536], 2).astype(np.uint8)
 
 
 def draw_scene(image_id: int, out: Path, split: str, size: int, seed: int) -> tuple[dict, list, list, list]:

@@ -4,7 +4,8 @@
 #     runs/demo.sh [OUT]              # OUT/report.md and OUT/report.html; OUT is out/demo
 #     SEEDS=5 runs/demo.sh            # stage 2 and the evaluations five times: standard errors
 #
-# Every step is skipped where its result is there already, so an interrupted demo goes on where it stopped.
+# A step that is done, by OUT/times.tsv, is not repeated, and training goes on from its last checkpoint: after an
+# interruption the same command goes on where it stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${1:-${OUT:-out/demo}}
@@ -17,12 +18,13 @@ if [ -e "$OUT" ] && [ "$(cat "$OUT/version" 2>/dev/null)" != "$VERSION" ]; then
     exit 2
 fi
 mkdir -p "$OUT" && echo "$VERSION" > "$OUT/version" || { echo "demo.sh: cannot write in $OUT" >&2; exit 2; }
-trap 'echo "demo.sh: stopped; the same command goes on from here" >&2' INT TERM
+trap 'exit 130' INT TERM
+trap '[ $? = 0 ] || echo "demo.sh: stopped; the same command goes on from here" >&2' EXIT
 
-step() { # step WHAT FILE COMMAND...: run COMMAND unless there is FILE, which it makes
+step() { # step WHAT FILE COMMAND...: run COMMAND, which makes FILE, unless it did so before
     local what=$1 file=$2 start=$SECONDS
     shift 2
-    if [ -e "$file" ]; then
+    if [ -e "$file" ] && cut -f1 "$OUT/times.tsv" 2> /dev/null | grep -qxF "$what"; then
         echo "== $what: done before"
         return
     fi
@@ -35,29 +37,44 @@ WORLD=$OUT/world
 M=(--model eva_mini.px112 --weights demo/eva_mini_clip.safetensors)
 CLIP=(--clip demo/eva_mini_clip.json --clip-weights demo/eva_mini_clip.safetensors --text-cache "$OUT/texts")
 SETS=(); for set in plain sketch rotated noisy; do SETS+=(--set "$set=$WORLD/shapes/$set"); done
-TASKS=(detection segmentation)
-TRAIN=("${M[@]}" --coco "$WORLD/coco" --image-scale 0.25 --warmup 20 --log-every 10 --workers 1)
+TASKS=(detection segmentation captioning)
+SCALE=(--image-scale 0.25) # long sides: detection 168 px, segmentation 252, captioning 70
+RESUME=(--resume --save-every 50)
+TRAIN=("${M[@]}" --coco "$WORLD/coco" "${SCALE[@]}" --warmup 20 --log-every 10 --workers 1 "${RESUME[@]}")
 
 step "The world: scenes, words, classes, boxes" "$WORLD" python demo/world.py "$WORLD"
 
-step "Stage 1 (Algorithm 1): T_detection on the frozen M" "$OUT/detection/detection.safetensors" \
-    python stage1_heads.py --task detection "${TRAIN[@]}" --iters 300 --batch 4 --lr 3e-4 --out "$OUT/detection"
-step "Stage 1 (Algorithm 1): T_segmentation on the frozen M" "$OUT/segmentation/segmentation.safetensors" \
-    python stage1_heads.py --task segmentation "${TRAIN[@]}" --iters 120 --batch 4 --lr 3e-4 \
-    --out "$OUT/segmentation"
+stage1() { # stage1 TASK OPTIONS...
+    local task=$1
+    shift
+    step "Stage 1 (Algorithm 1): T_$task on the frozen M" "$OUT/$task/$task.safetensors" \
+        python stage1_heads.py --task "$task" "${TRAIN[@]}" "$@" --out "$OUT/$task"
+}
+stage1 detection --iters 200 --batch 4 --lr 5e-4
+stage1 segmentation --iters 100 --batch 2 --lr 5e-4
+stage1 captioning --iters 180 --batch 16 --lr 2e-3
 
 for ((seed = 0; seed < SEEDS; seed++)); do
     RUN=$OUT/seed$seed
     LORA=$RUN/visft/lora.safetensors
     step "Stage 2 (Algorithm 2): dW through the frozen heads, seed $seed" "$LORA" \
-        python stage2_lora.py --tasks "${TASKS[@]}" --heads "$OUT" "${TRAIN[@]}" --iters 150 --batch 2 --lr 1e-3 \
-        --seed "$seed" --out "$RUN/visft"
+        python stage2_lora.py --tasks "${TASKS[@]}" --heads "$OUT" "${TRAIN[@]}" --iters 120 \
+        --batch detection=2 segmentation=1 captioning=8 --rank 8 --lora-alpha 8 --lr 1e-3 --seed "$seed" \
+        --out "$RUN/visft"
+
+    # In domain: the frozen heads on scenes that no one trained on
+    BOTH=(--compare "$LORA" --seed "$seed" --workers 1)
+    for task in "${TASKS[@]}"; do
+        step "In domain: $task, seed $seed" "$RUN/$task/result.json" \
+            python eval_heads.py --task "$task" --head "$OUT" "${M[@]}" "${BOTH[@]}" --coco "$WORLD/coco" \
+            "${SCALE[@]}" --batch 8 --out "$RUN/$task"
+    done
 
     # Algorithm 3: each with M and with M and dW; a new evaluation is a new step whose folder's name is its row's
-    BOTH=(--compare "$LORA" --seed "$seed" --workers 1)
     step "Algorithm 3: OCR (Table 3), seed $seed" "$RUN/ocr/result.json" \
         python eval_ocr.py "${M[@]}" "${BOTH[@]}" --train "$WORLD/words/train" --test "$WORLD/words/test" \
-        --size 56 112 --width 128 --iters 200 --batch 32 --lr 1e-3 --warmup 20 --out "$RUN/ocr"
+        --size 56 112 --width 128 --iters 200 --batch 32 --lr 1e-3 --warmup 20 "${RESUME[@]}" \
+        --out "$RUN/ocr"
     step "Algorithm 3: grounded object identification (Table 4), seed $seed" "$RUN/goi/result.json" \
         python eval_goi.py "${M[@]}" "${BOTH[@]}" --train "$WORLD/goi/train.jsonl" --val "$WORLD/goi/val.jsonl" \
         --size 112 --out "$RUN/goi"
@@ -73,11 +90,12 @@ SCENES=("$WORLD"/coco/val2017/*.jpg)
 LAST=$(basename "${SCENES[3]}" .jpg)
 SHOW=("${SCENES[@]:0:4}" "${M[@]}" --compare "$OUT/seed0/visft/lora.safetensors")
 step "Loss curves" "$OUT/figures/curves/curves.png" \
-    python visualize.py curves "$OUT"/{detection,segmentation,seed0/visft}/log.jsonl --out "$OUT/figures/curves"
+    python visualize.py curves "$OUT"/{detection,segmentation,captioning,seed0/visft}/log.jsonl \
+    --out "$OUT/figures/curves"
 step "Attention of [CLS] (Fig. 3)" "$OUT/figures/attention/$LAST.png" \
     python visualize.py attention "${SHOW[@]}" --out "$OUT/figures/attention"
-step "Boxes and masks" "$OUT/figures/predict/${LAST}_segmentation.png" \
-    python visualize.py predict "${SHOW[@]}" --heads "$OUT" --tasks "${TASKS[@]}" --size 168 --sure 0.3 \
+step "Boxes, masks and captions" "$OUT/figures/predict/${LAST}_captioning.png" \
+    python visualize.py predict "${SHOW[@]}" --heads "$OUT" --tasks "${TASKS[@]}" "${SCALE[@]}" --sure 0.3 \
     --out "$OUT/figures/predict"
 
 echo "== Report"

@@ -151,6 +151,47 @@ def demo(*arguments, **environment) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
+STUB = r"""#!/usr/bin/env bash
+# In the place of python: notes the call and makes what it would; the STOP-th call is interrupted after that
+echo "$*" >> "$CALLS"
+[ "$(wc -l < "$CALLS")" = "$STOP" ] && trap 'exit 130' EXIT
+case $1 in demo/world.py) mkdir -p "$2/coco/val2017" && touch "$2"/coco/val2017/{1,2,3,4}.jpg ;; esac
+while [ $# -gt 1 ]; do [ "$1" = --out ] && break; shift; done
+out=${2:-/dev/null}
+[ "$out" = /dev/null ] && exit
+mkdir -p "$out" && cd "$out" && task=$(basename "$out")
+touch result.json lora.safetensors "$task.safetensors" curves.png 4.png 4_captioning.png
+"""
+STOPPED = ["stage1_heads.py", "eval_heads.py", "eval_ocr.py"]
+
+
+def test_demo_goes_on_where_it_was_interrupted(tmp_path):
+    """Nothing that was done is repeated, and the step that was interrupted is called again as it was."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text(STUB)
+    (tmp_path / "bin" / "python").chmod(0o755)
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+
+    def calls(name, *stops):
+        log = tmp_path / f"{name}.txt"
+        for stop in stops:
+            done = demo(tmp_path / name, PATH=path, CALLS=str(log), STOP=str(stop))
+            assert done.returncode == (130 if stop else 0), done.stderr
+            assert ("goes on from here" in done.stderr) == bool(stop)
+        lines = log.read_text().replace(str(tmp_path / name), "OUT").splitlines()
+        return lines, [
+            line.split("\t")[0] for line in (tmp_path / name / "times.tsv").read_text().splitlines()
+        ]
+
+    whole, steps = calls("whole", 0)
+    assert [line.split()[0] for line in (whole[2], whole[6], whole[8])] == STOPPED
+    again, steps_again = calls("again", 3, 8, 11, 0, 0)  # the last time only the report is to be made
+    assert again == whole[:3] + whole[2:7] + whole[6:9] + whole[8:] + whole[-1:]
+    assert steps_again == steps and len(set(steps)) == len(whole) - 1
+    trained = [line for line in whole if line.startswith(("stage", "eval_ocr"))]
+    assert len(trained) == 5 and all("--resume --save-every 50" in line for line in trained)
+
+
 def test_demo_leaves_what_is_not_its_own_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     done = demo(tmp_path)

@@ -110,6 +110,15 @@ def test_polygons_and_panoptic_map_are_the_same_shapes(made, split):
             assert segment["bbox"] == box
 
 
+def test_a_segments_id_is_its_colour():
+    """R + 256 G + 65536 B, by hand, where a digit is about to carry."""
+    by_hand = {
+        0: (0, 0, 0), 255: (255, 0, 0), 256: (0, 1, 0), 65535: (255, 255, 0), 65536: (0, 0, 1),
+        256 * 65536 - 1: (255, 255, 255),
+    }  # fmt: skip
+    assert world.to_colors(np.array([list(by_hand)]))[0].tolist() == [list(c) for c in by_hand.values()]
+
+
 def test_persons_have_cocos_keypoints(made):
     found = Counter()
     for split in ("train2017", "val2017"):
