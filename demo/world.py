@@ -52,7 +52,12 @@ SKELETON = [
     [16, 14], [14, 12], [17, 15], [15, 13], [12, 13], [6, 12], [7, 13], [6, 7], [6, 8], [7, 9],
     [8, 10], [9, 11], [2, 3], [1, 2], [1, 3], [2, 4], [3, 5], [4, 6], [5, 7],
 ]  # fmt: skip
-TEMPLATES = ("a picture of a {}.", "a photo of a {}.", "an image of a {}.", "a {}.")
+TEMPLATES = (
+    "a picture of a {}",
+    "a photo of a {}",
+    "an image of a {}",
+    "a {}",
+)  # pretraining has no full stop
 VARIANTS = ("plain", "sketch", "rotated", "noisy")
 WORD_SETS = ("plain", "fonts", "blur", "curved", "clutter")
 FONTS = Path(matplotlib.get_data_path(), "fonts", "ttf")
