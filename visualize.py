@@ -388,9 +388,10 @@ def curves(logs: list[Path], out: Path) -> None:
     for axis, path, lines in zip(axes[0], logs, rows, strict=True):
         for name in sorted({key for line in lines for key in line if key.endswith("/loss")}):
             points = [(line["step"], line[name]) for line in lines if name in line]
-            axis.plot(*zip(*points, strict=True), label=name)
+            axis.plot(*zip(*points, strict=True), ".-", markersize=3, label=name)
         axis.set_title(path.parent.name, fontsize=10)
         axis.set_xlabel("step")
+        axis.set_yscale("log")  # the tasks' losses differ tenfold and more
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
     out.mkdir(parents=True, exist_ok=True)
