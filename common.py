@@ -179,11 +179,12 @@ def launch(main) -> None:
         if "DataLoader worker" not in str(error):  # torch raises it wherever the script happens to be
             raise
         code = 2
-        told = "a loader process died, perhaps for lack of memory (see --workers); --resume goes on"
+        told = "a loader process died, perhaps for lack of memory (see --workers)"
         print(f"{Path(sys.argv[0]).name}: {told}: {error}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         code = 130
-        print("interrupted; with --resume training goes on from its last checkpoint", file=sys.stderr)
+        told = "interrupted; if the script has --resume, that goes on from what is saved"
+        print(f"{Path(sys.argv[0]).name}: {told}", file=sys.stderr, flush=True)
     finally:
         gc.collect()
         if dist.is_initialized():

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
@@ -30,12 +30,8 @@ import evaluation
 import heads
 import lora
 
-MODELS = {  # width and number of blocks -> --model
-    (1408, 40): "eva_g",
-    (1408, 39): "eva_g_blip2",
-    (1792, 64): "eva_e",
-    (192, 6): "eva_mini",
-}
+# Width and number of blocks -> --model
+MODELS = {(1408, 40): "eva_g", (1408, 39): "eva_g_blip2", (1792, 64): "eva_e", (192, 6): "eva_mini"}
 COCO = [  # torchvision lists COCO's names by category id
     {"id": i, "name": name}
     for i, name in enumerate(FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"])
@@ -73,7 +69,7 @@ RELEASE = {
     },
     "captioning": {r"caption_decoder\.": r""},
 }
-CLIP = ("open_clip", "eva_clip")
+NEEDED = {"open_clip": ("open_clip", "eva_clip"), "blip2": ("blip2", "blip2_vision")}  # others: any tower
 SUFFIX = {"timm": ".safetensors", "open_clip": ".safetensors", "eva_clip": ".pt", "blip2": "", "peft": ""}
 USE = {  # what the model card says about loading
     "timm": 'timm.create_model("{timm}", {more}checkpoint_path="{dst}")',
@@ -83,6 +79,14 @@ USE = {  # what the model card says about loading
     # timm's EVA reads qkv's weight without calling qkv, so PEFT's update would be without effect
     "peft": 'peft.PeftModel.from_pretrained(model, "{dst}")  # timm: first, attn.qkv_bias_separate = True',
 }
+CARD = """# {name}{tuned}, for {to}
+
+Made by convert.py of a reimplementation of *Supervised Fine-tuning in turn Improves Visual
+Foundation Models* (arXiv 2401.10222). Load it, in fp32 (half precision rounds most of the update
+away), with
+
+    {use}
+"""
 
 
 def main() -> None:
@@ -93,38 +97,19 @@ def main() -> None:
     add = sub.add_parser("import", help="others' backbone, LoRA or head -> ours").add_argument
     add("src", metavar="SRC", help="a file, or a BLIP-2 folder of transformers")
     add("dst", metavar="DST", help="the .safetensors to write")
-    add(
-        "--from",
-        dest="kind",
-        choices=[*vit.TOWERS, "lora", *RELEASE],
-        help="what SRC is (default: by its names)",
-    )
+    kinds = [*vit.TOWERS, "lora", *RELEASE]
+    add("--from", dest="kind", choices=kinds, help="what SRC is (default: by its names)")
     add("--model", help=model)
-    add(
-        "--words",
-        metavar="FILE",
-        help="captioning: the release's WORDMAP_*.json (default: words stay numbers)",
-    )
-    add = sub.add_parser(
-        "export", help="backbone + LoRA -> timm, open_clip, BLIP-2, EVA-CLIP, PEFT"
-    ).add_argument
+    add("--words", metavar="FILE", help="captioning: the release's WORDMAP_*.json (default: <1>, <2>, ...)")
+    add = sub.add_parser("export", help="backbone + LoRA -> the files of others").add_argument
     add("dst", metavar="DST", help="what to write: .safetensors (timm, open_clip), .pt (eva_clip), a folder")
-    add(
-        "--weights",
-        required=True,
-        help="any backbone file; the whole CLIP or BLIP-2 where that is the target",
-    )
+    add("--weights", required=True, help="a backbone; the whole CLIP or BLIP-2 where that is the target")
     add("--to", required=True, choices=SUFFIX, help="who should be able to load it")
     add("--model", help=model)
     add("--lora", default="none", metavar="FILE|none", help="our LoRA file, merged (peft: written alone)")
-    add(
-        "--results", nargs="+", default=[], metavar="JSON", help="result.json files to show in the model card"
-    )
+    add("--results", nargs="+", default=[], metavar="JSON", help="result.json files for the model card")
     args = p.parse_args()
-    if args.action == "import":
-        import_(args)
-    else:
-        export(args)
+    (import_ if args.action == "import" else export)(args)
 
 
 # --- import
@@ -135,8 +120,7 @@ def import_(args: argparse.Namespace) -> None:
     src, dst = Path(args.src), Path(args.dst)
     if dst.suffix != ".safetensors" or dst.is_dir():
         raise ValueError(f"{dst}: our files are .safetensors")
-    state = vit.read(src)
-    state = {name.removeprefix("visft_heads."): value for name, value in state.items()}
+    state = {name.removeprefix("visft_heads."): value for name, value in vit.read(src).items()}
     kind = args.kind or recognize(state, src)
     if args.words and kind != "captioning":
         raise ValueError(f"--words goes with a captioning head; {src} holds {kind}")
@@ -147,9 +131,8 @@ def import_(args: argparse.Namespace) -> None:
     else:
         weights = vit.tower(state, kind)
         name = fits(weights, src, args.model)
-        with whole(dst, size(weights)) as part:
-            save_file(weights, part, metadata={"format": "pt"})
-        rest = len(state) - len([k for k in state if vit.timm_name(k, kind)])
+        write(dst, weights)
+        rest = sum(not vit.timm_name(k, kind) for k in state)
         told = [f"backbone {name}; left out: {rest} tensors outside of the vision tower"]
     print(f"{dst}: {src}, read as {kind}", *told, sep="\n  ")
 
@@ -175,18 +158,12 @@ def import_lora(state: dict[str, Tensor], args: argparse.Namespace) -> list[str]
         raise ValueError(f"{args.src}: no {first}A and {first}B")
     rank, dim = found[f"{first}B"].shape[1], found[f"{first}A"].shape[1]
     depth = 1 + max(int(k.split(".")[1]) for k in found if re.match(r"blocks\.\d+\.", k))
-    shapes = {"A": (2 * rank, dim), "B": (2 * dim, rank)}  # q's rows, then v's
     name = model_name(dim, depth, args.src, args.model)
-    expected = {
-        f"blocks.{i}.attn.qkv.lora_{part}": torch.empty(shape, device="meta")
-        for i in range(depth)
-        for part, shape in shapes.items()
-    }
+    with torch.device("meta"):
+        expected = lora.parameters(lora.attach(vit.Backbone(name).vit, rank))
     vit.check(found, expected, f"{args.src} is no LoRA of rank {rank} for {name}")
     header = {"rank": rank, "alpha": 1.0, "targets": ["qkv"], **released_features(name)}
-    found = {k: v.float().contiguous() for k, v in found.items()}
-    with whole(Path(args.dst), size(found)) as part:
-        save_file(found, part, metadata={"lora": json.dumps(header)})
+    write(Path(args.dst), {k: v.float() for k, v in found.items()}, lora=header)
     return [f"LoRA of rank {rank}, alpha 1 (the release's scale, 1/{rank}), for all {depth} blocks of {name}"]
 
 
@@ -204,31 +181,22 @@ def import_head(state: dict[str, Tensor], task: str, args: argparse.Namespace) -
             found[ours] = value
     if unknown:
         raise ValueError("\n  ".join([f"{args.src}: {len(unknown)} tensors of no head:", *unknown[:8]]))
-    width = "attention.encoder_att.weight" if task == "captioning" else "input_proj.0.weight"
-    width = width if width in found else "input_proj.weight"
-    if width not in found:
-        raise ValueError(f"{args.src}: no {task} head: nothing becomes our {width}")
-    dim, told = found[width].shape[1], []
-    arguments = {"categories": COCO}
-    if task == "segmentation":
-        arguments["eq2_h"] = False
-    elif task == "captioning":
-        arguments = {"vocabulary": vocabulary(args.words, len(found["embedding.weight"]))}
-    head = heads.HEADS[task](dim, **arguments)
-    told += adapt(found, task)
-    vit.check(found, head.state_dict(), f"{args.src} is no {task} head of the release")
-    head.load_state_dict(found)
+    widths = ("input_proj.weight", "input_proj.0.weight", "attention.encoder_att.weight")  # (_, D, ...)
+    dim = next((found[name].shape[1] for name in widths if name in found), None)
+    if dim is None:
+        raise ValueError(f"{args.src}: no {task} head: nothing becomes our {' or '.join(widths)}")
     name = args.model or next((m for (width, _), m in MODELS.items() if width == dim), None)
     if name is None:
         raise ValueError(f"{args.src}: features of width {dim} are of no known model: pass --model")
-    with whole(Path(args.dst), size(found)) as part:
-        heads.save(head, part, task, **released_features(name))
-    told.insert(0, f"{task} head for {name} (width {dim}), {len(found)} tensors")
-    return [
-        *told,
-        *(f"left out: {name}" for name in left[:8]),
-        *[f"and {len(left) - 8} more"][: len(left) > 8],
-    ]
+    arguments = {"categories": COCO, "eq2_h": False} if task == "segmentation" else {"categories": COCO}
+    if task == "captioning":
+        arguments = {"vocabulary": vocabulary(args.words, len(found.get("embedding.weight", ())))}
+    head = heads.HEADS[task](dim, **arguments)
+    told = adapt(found, task)
+    vit.check(found, head.state_dict(), f"{args.src} is no {task} head of the release")
+    write(Path(args.dst), found, head={"task": task, "config": head.config, **released_features(name)})
+    told += [f"left out: {name}" for name in left[:8]] + [f"and {len(left) - 8} more"] * (len(left) > 8)
+    return [f"{task} head for {name} (width {dim}), {len(found)} tensors", *told]
 
 
 def head_name(name: str, task: str) -> str | None:
@@ -250,14 +218,11 @@ def adapt(found: dict[str, Tensor], task: str) -> list[str]:
         # trained as background. Its logit 0, never a target, is all that is left for it
         rows = [*range(1, 80), 0, 80]
         told = ["classes 0..78 are its logits 1..79; toothbrush, which it trained as no-object, its unused 0"]
-        for level in ("encoder_level", "decoder_level"):
-            if level in found:
-                found[level] = found[level].squeeze(0)
+        found |= {k: found[k].squeeze(0) for k in ("encoder_level", "decoder_level") if k in found}
     else:
         rows = [*(c["id"] for c in COCO), 91]
         told = ["92 logits by category id -> 80 categories and no-object", "left out: task table's rows 1.."]
-        if "task_token" in found:
-            found["task_token"] = found["task_token"][0]
+        found |= {k: found[k][0] for k in ("task_token",) if k in found}
     for name in ("class_embed.weight", "class_embed.bias"):
         if name in found and len(found[name]) > max(rows):
             found[name] = found[name][rows]
@@ -287,8 +252,7 @@ def released_features(name: str) -> dict:
 
 def export(args: argparse.Namespace) -> None:
     """Check all, then write DST and its model card."""
-    dst = Path(args.dst)
-    suffix = SUFFIX[args.to]
+    dst, suffix = Path(args.dst), SUFFIX[args.to]
     if suffix and (dst.suffix != suffix or dst.is_dir()):
         raise ValueError(f"{dst}: --to {args.to} writes a {suffix} file")
     if not suffix and (dst.is_file() or (dst.is_dir() and any(dst.iterdir()))):
@@ -299,75 +263,68 @@ def export(args: argparse.Namespace) -> None:
         if not Path(file).is_file():
             raise FileNotFoundError(f"--results {file}: no such file")
     state = vit.read(args.weights)
-    source = vit.recognize(state)
-    needed = {"open_clip": CLIP, "blip2": ("blip2", "blip2_vision")}.get(args.to, vit.TOWERS)
+    source, needed = vit.recognize(state), NEEDED.get(args.to, vit.TOWERS)
     if source not in needed or (args.to == "open_clip" and not any(k.startswith("text.") for k in state)):
-        raise ValueError(
-            f"{args.weights} is {source or 'no ViT'}: --to {args.to} needs a whole {' or '.join(needed)}"
-        )
+        needed = " or ".join(needed)
+        raise ValueError(f"{args.weights} is {source or 'no ViT'}: --to {args.to} needs a whole {needed}")
     if args.to == "blip2" and not Path(args.weights).is_dir():
         raise ValueError(f"{args.weights}: --to blip2 needs the folder that save_pretrained wrote")
-    tower = vit.tower(state, source)
+    tower, header, updates, told = vit.tower(state, source), {}, {}, []
     if args.to in ("blip2", "peft") and not args.model:  # any size: only the LoRA has to fit
         name = f"the vision tower of {Path(args.weights).name}"
     else:
         name = fits(tower, args.weights, args.model)
-    header, updates, told = {}, {}, []
     if args.lora != "none":
         header, updates, told = read_lora(args.lora, tower, source, args.weights)
 
-    use = {"dst": dst, "timm": vit.TIMM_NAMES.get(name, name).split(".")[0], "more": ""}
-    if args.to == "timm":
-        use["more"] = "" if any(k.startswith("head.") for k in tower) else "num_classes=0, "
-    if name not in MODELS.values():  # others may average the patches, under another name of the norm
-        use["more"] += 'global_pool="token", '
-    if name == "eva_g_blip2":
-        use["timm"], use["more"] = vit.TIMM_NAMES["eva_g"].split(".")[0], use["more"] + "depth=39, "
-    text = card(args, name, header, told, USE[args.to].format(**use))
+    use = how_to_use(args, name, tower)
+    text = card(args, name, header, told, use)
     if args.to == "peft":
         write_peft(dst, updates, header, source, args.weights, text)
     elif args.to == "blip2":
         write_blip2(dst, Path(args.weights), {vit.file_name(k, source): u for k, u in updates.items()}, text)
     else:
-        rest = {}
-        if args.to != "timm" and source in CLIP:
-            rest = {k: v for k, v in state.items() if vit.timm_name(k, source) is None}
-        out = {vit.file_name(k, args.to): merge(v, updates.get(k)) for k, v in tower.items()} | rest
-        write_file(dst, out, text)
-    print(f"{dst}: {args.weights} ({source}) + {args.lora}", *told, USE[args.to].format(**use), sep="\n  ")
+        out = {vit.file_name(k, args.to): merge(v, updates.get(k)) for k, v in tower.items()}
+        if args.to != "timm" and source in NEEDED["open_clip"]:
+            out |= {k: v for k, v in state.items() if vit.timm_name(k, source) is None}
+        write(dst, out)
+        dst.with_suffix(".md").write_text(text)
+    print(f"{dst}: {args.weights} ({source}) + {args.lora}", *told, use, sep="\n  ")
+
+
+def how_to_use(args: argparse.Namespace, name: str, tower: dict[str, Tensor]) -> str:
+    """The line that loads DST."""
+    timm, more = "eva_g" if name == "eva_g_blip2" else name, ""
+    if args.to == "timm" and not any(k.startswith("head.") for k in tower):
+        more = "num_classes=0, "
+    if name not in MODELS.values():  # others may average the patches, under another name of the norm
+        more += 'global_pool="token", '
+    more += "depth=39, " * (name == "eva_g_blip2")
+    return USE[args.to].format(dst=args.dst, timm=vit.TIMM_NAMES.get(timm, timm).split(".")[0], more=more)
 
 
 def read_lora(path: str, tower: dict[str, Tensor], source: str, weights: str) -> tuple[dict, dict, list[str]]:
     """Its header; {name of a weight: LoRALinear}; what was left out. Raises ValueError if it does not fit."""
-    header = lora.read_header(path)
-    with safe_open(path, "pt") as file:
-        state = {name: file.get_tensor(name) for name in file.keys()}
-    rank, told = header["rank"], []
-    layers = [
-        k.removesuffix(".weight")
-        for k in tower
-        if k.endswith(tuple(f".{t}.weight" for t in header["targets"]))
-    ]
-    depth = len({layer.split(".")[1] for layer in layers})
+    header, state, told = lora.read_header(path), load_file(path), []
+    ends = tuple(f".{target}.weight" for target in header["targets"])
+    layers = [k.removesuffix(".weight") for k in tower if k.endswith(ends)]
     if source in ("lavis", "blip2", "blip2_vision"):
+        depth = len({layer.split(".")[1] for layer in layers})
         dropped = [k for k in state if k.startswith(f"blocks.{depth}.")]
         state = {k: v for k, v in state.items() if k not in dropped}
         told = [f"left out: {k}, of a block that BLIP-2 does not have" for k in dropped]
-    expected, updates = {}, {}
+    updates = {}
     for layer in layers:
         rows, columns = tower[f"{layer}.weight"].shape
-        fused = rows == 3 * columns
+        blocks, updated = (3, (0, 2)) if rows == 3 * columns else (1, (0,))
         linear = nn.Linear(columns, rows, bias=False, device="meta")
-        update = lora.LoRALinear(linear, rank, header["alpha"], *((3, (0, 2)) if fused else (1, (0,))))
-        expected |= {f"{layer}.{part}": getattr(update, part) for part in ("lora_A", "lora_B")}
-        updates[f"{layer}.weight"] = update
+        updates[layer] = lora.LoRALinear(linear, header["rank"], header["alpha"], blocks, updated)
+    parts = [(layer, part) for layer in layers for part in ("lora_A", "lora_B")]
+    expected = {f"{layer}.{part}": getattr(updates[layer], part) for layer, part in parts}
     vit.check(state, expected, f"{path}, tuned on {header.get('backbone', '?')}, does not fit {weights}")
-    for layer in layers:
-        for part in ("lora_A", "lora_B"):
-            setattr(
-                updates[f"{layer}.weight"], part, nn.Parameter(state[f"{layer}.{part}"], requires_grad=False)
-            )
-    return header, updates, told
+    for layer, part in parts:
+        setattr(updates[layer], part, nn.Parameter(state[f"{layer}.{part}"], requires_grad=False))
+    return header, {f"{layer}.weight": update for layer, update in updates.items()}, told
 
 
 def merge(weight: Tensor, update: lora.LoRALinear | None) -> Tensor:
@@ -375,33 +332,20 @@ def merge(weight: Tensor, update: lora.LoRALinear | None) -> Tensor:
     return weight if update is None else weight.float() + update.delta()
 
 
-def write_file(dst: Path, state: dict[str, Tensor], text: str) -> None:
-    with whole(dst, size(state)) as part:
-        if dst.suffix == ".safetensors":
-            save_file({k: v.contiguous() for k, v in state.items()}, part, metadata={"format": "pt"})
-        else:
-            torch.save(state, part)
-    dst.with_suffix(".md").write_text(text)
-
-
 def write_blip2(dst: Path, base: Path, updates: dict[str, lora.LoRALinear], text: str) -> None:
     """A copy of the folder with the LoRA merged into its vision tower, one file at a time."""
     left_out = shutil.ignore_patterns("*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", ".*")
-    files = sorted(base.glob("*.safetensors"))
+    files, total = sorted(base.glob("*.safetensors")), 0
     with whole(dst, 2 * sum(file.stat().st_size for file in files)) as part:
         shutil.copytree(base, part, ignore=left_out)
-        grown = 0
         for file in files:
-            state = load_file(file)
-            out = {k: merge(v, updates.get(k)) for k, v in state.items()}
-            grown += size(out) - size(state)
+            out = {k: merge(v, updates.get(k)) for k, v in load_file(file).items()}
+            total += size(out)
             save_file(out, part / file.name, metadata={"format": "pt"})
         index = part / "model.safetensors.index.json"
         if index.exists():
             content = json.loads(index.read_text())
-            content.setdefault("metadata", {})["total_size"] = (
-                content["metadata"].get("total_size", 0) + grown
-            )
+            content["metadata"] = {**content.get("metadata", {}), "total_size": total}
             index.write_text(json.dumps(content, indent=2))
         (part / "README.md").write_text(text)
 
@@ -434,34 +378,21 @@ def write_peft(dst: Path, updates: dict, header: dict, source: str, weights: str
 
 def card(args: argparse.Namespace, name: str, header: dict, told: list[str], use: str) -> str:
     """The model card: how to load it, what it is made of, how it was tuned, what it scores."""
-    weights = Path(args.weights)
+    weights, run, details = Path(args.weights), Path(args.lora).parent / "last.pt", {}
     made_of = sorted(weights.glob("*.safetensors")) if weights.is_dir() else [weights]
-    run, options = Path(args.lora).parent / "last.pt", None
     if header:
         made_of.append(Path(args.lora))
-        if run.is_file():
-            options = torch.load(run, "cpu", weights_only=True, mmap=True)["options"]
-    results = {file: json.loads(Path(file).read_text()) for file in args.results}
+    if header and run.is_file():
+        options = torch.load(run, "cpu", weights_only=True, mmap=True)["options"]
+        details["Options and data of the tuning"] = options
+    details |= {file: json.loads(Path(file).read_text()) for file in args.results}
     what = "PEFT adapter" if args.to == "peft" else "merged into the weights" if header else "none"
-    lines = [
-        f"# {name}{' after ViSFT' if header else ''}, for {args.to}",
-        "",
-        "Made by convert.py of a reimplementation of *Supervised Fine-tuning in turn Improves Visual",
-        "Foundation Models* (arXiv 2401.10222). Load it, in fp32 (half precision rounds most of the update",
-        "away), with",
-        "",
-        f"    {use}",
-        "",
-        f"LoRA: {what}. {json.dumps(header) if header else ''}",
-        *(f"- {line}" for line in told),
-        "",
-        "| made of | sha256 |",
-        "|---|---|",
-        *(f"| {file} | {evaluation.sha256(file)} |" for file in made_of),
-    ]
-    for title, content in {"Options and data of the tuning": options, **results}.items():
-        if content is not None:
-            lines += ["", f"## {title}", "", "```json", json.dumps(content, indent=1, default=str), "```"]
+    lines = [CARD.format(name=name, tuned=" after ViSFT" * bool(header), to=args.to, use=use)]
+    lines += [f"LoRA: {what}. {json.dumps(header) if header else ''}", *(f"- {line}" for line in told), ""]
+    lines += ["| made of | sha256 |", "|---|---|"]
+    lines += [f"| {file} | {evaluation.sha256(file)} |" for file in made_of]
+    for title, content in details.items():
+        lines += ["", f"## {title}", "", "```json", json.dumps(content, indent=1, default=str), "```"]
     return "\n".join(lines) + "\n"
 
 
@@ -482,23 +413,29 @@ def fits(tower: dict[str, Tensor], src: str | Path, given: str | None) -> str:
 
 def model_name(dim: int, depth: int, src: str | Path, given: str | None) -> str:
     """Which model has this width and this many blocks. Raises ValueError if none, or not the one given."""
+    found = f"{src}: width {dim}, {depth} blocks"
     if given:
         with torch.device("meta"):
             backbone = vit.Backbone(given)
-        have = (backbone.dim, len(backbone.vit.blocks))
-        if have != (dim, depth):
-            raise ValueError(
-                f"{src}: width {dim}, {depth} blocks; --model {given} has width {have[0]}, {have[1]} blocks"
-            )
+        if (have := (backbone.dim, len(backbone.vit.blocks))) != (dim, depth):
+            raise ValueError(f"{found}; --model {given} has width {have[0]}, {have[1]} blocks")
     elif (dim, depth) not in MODELS:
-        raise ValueError(
-            f"{src}: width {dim}, {depth} blocks: none of {', '.join(MODELS.values())}: pass --model"
-        )
+        raise ValueError(f"{found}: none of {', '.join(MODELS.values())}: pass --model")
     return given or MODELS[dim, depth]
 
 
 def size(state: dict[str, Tensor]) -> int:
     return sum(value.nbytes for value in state.values())
+
+
+def write(dst: Path, state: dict[str, Tensor], **header: dict) -> None:
+    """A .safetensors, with what is given as JSON in its header, or torch's .pt."""
+    with whole(dst, size(state)) as part:
+        if dst.suffix == ".pt":
+            torch.save(state, part)
+        else:
+            metadata = {name: json.dumps(content) for name, content in header.items()} or {"format": "pt"}
+            save_file({k: v.contiguous() for k, v in state.items()}, part, metadata=metadata)
 
 
 @contextmanager
@@ -507,9 +444,8 @@ def whole(dst: Path, need: int) -> Iterator[Path]:
     dst.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(dst.parent).free
     if free < need:
-        raise ValueError(
-            f"{dst}: needs {need / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB: nothing written"
-        )
+        needs = f"needs {need / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB"
+        raise ValueError(f"{dst}: {needs}: nothing written")
     part = dst.with_name(f"{dst.name}.tmp")
     try:
         yield part

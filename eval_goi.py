@@ -262,10 +262,11 @@ def rank_classes(T_o: Probe, f: np.ndarray, device) -> np.ndarray:
 
 def write_objects(path: Path, val, R_o: dict[str, np.ndarray]) -> None:
     """A line per picture: where it is, its class, and the likeliest classes of each variant."""
-    with open(path, "w") as file:
-        for i, label in enumerate(val.labels):
-            ranked = {variant: [val.names[k] for k in classes[i]] for variant, classes in R_o.items()}
-            file.write(json.dumps({**val.where(i), "label": val.names[label], **ranked}) + "\n")
+    lines = []
+    for i, label in enumerate(val.labels):
+        ranked = {variant: [val.names[k] for k in classes[i]] for variant, classes in R_o.items()}
+        lines.append(json.dumps({**val.where(i), "label": val.names[label], **ranked}) + "\n")
+    evaluation.write(path, "".join(lines))
 
 
 if __name__ == "__main__":

@@ -88,16 +88,16 @@ def main() -> None:
                 f = backbone(images, valid)
             for t, answer in zip(y, head.predict(f, y), strict=True):
                 mine[t["item"]] = scorer.keep(answer, variant)
-        found[variant] = list(evaluation.gather(mine).values())
+        answers = evaluation.gather(mine)
+        assert len(answers) == len(items), f"{len(answers)} of {len(items)} items were answered"
+        found[variant] = list(answers.values())
 
     # --- save
     if ranks.rank == 0:
-        out = Path(args.out)
-        out.mkdir(parents=True, exist_ok=True)
-        scores, per_image = {}, {}
+        out, scores, per_image = Path(args.out), {}, {}
         for variant in variants:
             predictions, scores[variant], per_image[variant] = scorer.score(found[variant])
-            (out / f"predictions_{variant}.json").write_text(json.dumps(predictions))
+            evaluation.write(out / f"predictions_{variant}.json", json.dumps(predictions))
         intervals = scorer.intervals(**per_image) if args.compare else {}
         n = len(items.image_ids)
         rows = [row(args.split, metric, scores, intervals.get(metric), n) for metric in scores[variants[0]]]
@@ -200,10 +200,15 @@ class PanopticQuality:
     def __init__(self, items, head, args):
         content = coco.read_json(items.annotations, ("annotations",))
         self.truth = {a["image_id"]: a for a in content["annotations"]}
-        self.pngs, self.out = items.annotations.with_suffix(""), Path(args.out)
+        self.image_ids, self.pngs, self.out = (
+            items.image_ids,
+            items.annotations.with_suffix(""),
+            Path(args.out),
+        )
         self.categories, self.seed = head.config["categories"], args.seed
 
     def keep(self, answer: dict, variant: str) -> tuple[dict, np.ndarray]:
+        evaluation.check_images((), {answer["image_id"]} - set(self.truth))
         truth = self.truth[answer["image_id"]]
         segments = panoptic_quality.read_segments(self.pngs / truth["file_name"])
         found = answer["segments"].cpu().numpy()
@@ -217,6 +222,7 @@ class PanopticQuality:
         return mask2former.write_panoptic(answer, folder), counts
 
     def score(self, kept: list) -> tuple[dict, dict, np.ndarray]:
+        evaluation.check_images(self.image_ids, {annotation["image_id"] for annotation, _ in kept})
         annotations, counts = zip(*kept, strict=True)
         scores = panoptic_quality.panoptic_quality(sum(counts), self.categories)
         predictions = {"annotations": list(annotations), "categories": self.categories}
@@ -224,9 +230,7 @@ class PanopticQuality:
 
     def intervals(self, before: np.ndarray, after: np.ndarray) -> dict:
         n, rng, scores = len(before), np.random.default_rng(self.seed), []
-        draws = rng.multinomial(n, np.full(n, 1 / n), size=1000).astype(
-            float
-        )  # how often each image is drawn
+        draws = rng.multinomial(n, np.full(n, 1 / n), size=1000) * 1.0  # how often each image is drawn
         for counts in (before, after):  # (n, C, 4)
             drawn = (draws @ counts.reshape(n, -1)).reshape(len(draws), *counts.shape[1:])
             scores.append(panoptic_quality.panoptic_quality(drawn, self.categories))

@@ -402,10 +402,11 @@ def main() -> None:
     # Alg. 3, line 6: accumulate results: Metric(E_o(y), R_o) on E_o
     result = summary(args, read, test_sets, steps, backbone, ranks.world, stream)
     if ranks.rank == 0:
-        with open(out / "words.jsonl", "w") as file:
-            for image_id, (label, _) in read[variants[0]].items():
-                texts = {variant: answers[image_id][1] for variant, answers in read.items()}
-                file.write(json.dumps({"image_id": image_id, "label": label, **texts}) + "\n")
+        lines = []
+        for image_id, (label, _) in read[variants[0]].items():
+            texts = {variant: answers[image_id][1] for variant, answers in read.items()}
+            lines.append(json.dumps({"image_id": image_id, "label": label, **texts}) + "\n")
+        evaluation.write(out / "words.jsonl", "".join(lines))
     evaluation.write_result(args, result, [args.weights, args.lora, *(args.head or [])])
 
 

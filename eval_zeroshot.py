@@ -232,16 +232,6 @@ def recall(similarity: Tensor, image_of: Tensor) -> dict[str, Tensor]:
     return {metric: score for metric, score in scores.items() if int(metric[3:]) < (I, T)[metric[0] == "T"]}
 
 
-def row(name: str, metric: str, scores: dict[str, Tensor], n: int) -> dict:
-    """In percent points: mean scores before and after, the paired difference with its interval."""
-    found = {variant: score.cpu().numpy() for variant, score in scores.items()}
-    line = dict.fromkeys(("before", "after", "difference", "low", "high", "p"))
-    line |= {variant: 100 * float(score.mean()) for variant, score in found.items()}
-    if len(found) == 2:
-        line |= {k: v if k == "p" else 100 * v for k, v in evaluation.paired(**found).items()}
-    return {"set": name, "metric": metric, **line, "n": n}
-
-
 def check_images(E: zeroshot.Benchmark, broken: Tensor, bad: dict[int, str], task: str) -> None:
     """Refuse features that are not finite, and a gallery that is not the benchmark's."""
     wrong = broken.nonzero().flatten().tolist()
@@ -262,12 +252,7 @@ def report(rows: list[dict], variants: list[str], task: str) -> None:
         rows_of_table = rows
         columns = ["Table 6, %", *(f"{r['set']} {r['metric']}" for r in rows)]
     print(evaluation.table(columns, [[v, *(r[v] for r in rows_of_table)] for v in variants]) + "\n")
-    columns, lines = ["set", "metric", "before", "after", "difference", "95% interval", "p", "n"], []
-    for r in rows:
-        interval = f"{r['low']:+.2f} .. {r['high']:+.2f}" if len(variants) == 2 else None
-        p = None if r["p"] is None else f"{r['p']:.2g}"
-        lines.append([r[c] for c in columns[:5]] + [interval, p, r["n"]])
-    print(evaluation.table(columns, lines))
+    print(evaluation.rows_table(rows))
 
 
 def retrieve_with_blip2(args, E: zeroshot.Benchmark, variants: list[str], ranks: common.Ranks) -> None:
@@ -310,10 +295,10 @@ def retrieve_with_blip2(args, E: zeroshot.Benchmark, variants: list[str], ranks:
         scores[variant] = found
     if ranks.rank > 0:
         return
-    metrics = scores[variants[0]]
-    rows = [
-        row(E.name, m, {v: scores[v][m] for v in variants}, len(tokens) if " IR" in m else n) for m in metrics
-    ]
+    rows = []
+    for metric in scores[variants[0]]:
+        of_variants = {v: scores[v][metric].cpu().numpy() for v in variants}
+        rows.append(evaluation.row(E.name, metric, of_variants, len(tokens) if " IR" in metric else n))
     print(*E.notes, *notes, sep="\n")
     report(rows, variants, args.task)
     protocol = {
@@ -417,7 +402,8 @@ def main() -> None:
             scores = {v: recall(W @ R[v].T, y) for v in variants}
         for metric in scores[variants[0]]:
             counted = len(W) if metric.startswith("IR") else n - len(bad)
-            rows.append(row(E.name, metric, {v: scores[v][metric] for v in variants}, counted))
+            of_variants = {v: scores[v][metric].cpu().numpy() for v in variants}
+            rows.append(evaluation.row(E.name, metric, of_variants, counted))
         texts = hashlib.sha256(json.dumps(E.texts).encode()).hexdigest()
         used[E.name] = {"images": n - len(bad), "skipped": list(bad.values()), "notes": E.notes}
         used[E.name] |= {"texts": len(W), "texts sha256": texts, "templates": E.templates}

@@ -246,12 +246,16 @@ def table(columns: list[str], rows: list[list]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def write_json(path: Path, content) -> None:
+def write(path: Path, text: str) -> None:
     """Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".tmp")
-    part.write_text(json.dumps(content, indent=1, default=str))
+    part.write_text(text)
     part.replace(path)
+
+
+def write_json(path: Path, content) -> None:
+    write(path, json.dumps(content, indent=1, default=str))
 
 
 def write_result(args: argparse.Namespace, result: dict, files: list[str | None]) -> None:

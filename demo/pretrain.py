@@ -36,15 +36,15 @@ SENTENCES = 4  # per picture; one is drawn at each visit
 PREFIXES = ("", "", "a picture of ", "a photo of ", "an image of ")
 
 
-def sentence(rng: np.random.Generator, things: list, stuff: list[str]) -> str:
-    """Alt text: one to three things, not always with colour and texture, perhaps the stuff; no positions."""
+def sentence(rng: np.random.Generator, things: list, stuff: list[str], bare: float = 0.2) -> str:
+    """Alt text: one to three things, perhaps the stuff; no positions. bare: part of names without colour."""
     named = rng.permutation(len(things))[: rng.choice([1, 2, 3], p=[0.35, 0.45, 0.2])]
     parts = []
     for i in named:
         thing, short = things[i], rng.random()
         if thing.name == "sign" and short < 0.6:
             parts.append(f'a sign that says "{thing.word}"')
-        elif short < 0.2:
+        elif short < bare:
             parts.append(f"{'an' if thing.name[0] in 'aeiou' else 'a'} {thing.name}")
         else:
             parts.append(thing.phrase if short < 0.8 else thing.phrase.replace(f" {thing.texture} ", " "))
@@ -54,16 +54,16 @@ def sentence(rng: np.random.Generator, things: list, stuff: list[str]) -> str:
     return text
 
 
-def sample(index: int, seed: int) -> tuple[np.ndarray, list[str]]:
+def sample(index: int, seed: int, things: float, bare: float) -> tuple[np.ndarray, list[str]]:
     """(SIDE, SIDE, 3) uint8 and SENTENCES: of a scene, one thing before something, or a word alone."""
     rng = np.random.default_rng((seed, 1, index))
-    kind = str(rng.choice(["scene", "thing", "word"], p=[0.55, 0.3, 0.15]))
+    kind = str(rng.choice(["scene", "thing", "word"], p=[0.85 - things, things, 0.15]))
     if kind == "word":
         picture, text = world.word_picture(rng, "plain")
         texts = [f"{rng.choice(['', 'the word '])}{text}" for _ in range(SENTENCES)]
     elif kind == "thing":
         picture, thing = world.shape_picture((seed, 2, index), "plain")
-        texts = [sentence(rng, [thing], []) for _ in range(SENTENCES)]
+        texts = [sentence(rng, [thing], [], bare) for _ in range(SENTENCES)]
     else:
         scene = world.scene(rng, int(SIDE * rng.uniform(0.9, 1.2)))
         picture = scene.image
@@ -72,15 +72,16 @@ def sample(index: int, seed: int) -> tuple[np.ndarray, list[str]]:
     return np.asarray(picture), [f"{rng.choice(PREFIXES)}{text}" for text in texts]
 
 
-def draw(out: Path, count: int, seed: int) -> tuple[np.ndarray, Tensor]:
+def draw(out: Path, count: int, **mix) -> tuple[np.ndarray, Tensor]:
     """pictures (n, SIDE, SIDE, 3) uint8 and tokens (n, SENTENCES, CONTEXT), made once and kept in `out`."""
-    kept = [out / f"{name}_{count}_{seed}.npy" for name in ("pictures", "tokens")]
+    made_of = "_".join(map(str, (count, *mix.values())))
+    kept = [out / f"{name}_{made_of}.npy" for name in ("pictures", "tokens")]
     if not all(path.is_file() for path in kept):
         tokenize = open_clip.get_tokenizer("eva_mini_clip")
         pictures = np.empty((count, SIDE, SIDE, 3), np.uint8)
         tokens = np.empty((count, SENTENCES, CONTEXT), np.int32)
         with ProcessPoolExecutor() as pool:
-            made = pool.map(partial(sample, seed=seed), range(count), chunksize=100)
+            made = pool.map(partial(sample, **mix), range(count), chunksize=100)
             for i, (picture, texts) in enumerate(made):
                 pictures[i], tokens[i] = picture, tokenize(texts)
                 if (i + 1) % 5000 == 0:
@@ -133,6 +134,8 @@ def main() -> None:
         "--out", type=Path, default=Path("out/pretrain"), help="folder for all that this run writes"
     )
     p.add_argument("--pictures", type=int, default=24_000, help="how many different ones there are")
+    p.add_argument("--things", type=float, default=0.3, help="part of them that show one thing (words: 0.15)")
+    p.add_argument("--bare", type=float, default=0.2, help="part of these called by their name alone")
     p.add_argument("--steps", type=int, default=2000)
     p.add_argument(
         "--decay", type=int, default=400, help="of these steps: learning rate to 0, all patches seen"
@@ -163,7 +166,7 @@ def main() -> None:
     normalize = preprocess.transforms[-1]
 
     # --- data
-    pictures, tokens = draw(args.out, args.pictures, args.seed)
+    pictures, tokens = draw(args.out, args.pictures, seed=args.seed, things=args.things, bare=args.bare)
 
     # --- optimizer
     plain = [q for q in model.parameters() if q.ndim < 2 or q is model.token_embedding.weight]

@@ -106,7 +106,12 @@ def test_a_karpathy_json_gives_its_train_sentences_alone(real_coco, tmp_path):
     images[0]["split"] = "test"
     images[1]["cocoid"] = 1
     old.write_text(json.dumps({"images": images}))
-    assert "1 images not in" in Captions(real_coco, "train2017", captions=old, min_count=1).notes[0]
+    images[2]["sentences"][0]["tokens"].append("antidisestablishmentarianism")
+    images[2]["cocoid"] = 2
+    old.write_text(json.dumps({"images": images}))
+    less = Captions(real_coco, "train2017", captions=old, min_count=1)
+    assert "2 images not in" in less.notes[0]
+    assert "antidisestablishmentarianism" in less.vocabulary  # whichever copies of the images are here
 
 
 def test_the_vocabulary_does_not_depend_on_the_part_trained_on(scenes):

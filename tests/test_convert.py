@@ -5,6 +5,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 from pathlib import Path
 
 import open_clip
@@ -388,7 +389,6 @@ def test_segmentation_layers_are_the_authors(tmp_path, run):
     assert "toothbrush" in out
 
 
-@pytest.mark.skipif("captioning" not in heads.HEADS, reason="needs the captioning head")
 def test_the_authors_captioning_head(tmp_path, run):
     """Names and shapes are ours after the prefix; the words come from their WORDMAP file."""
     tokens = {f"word{i}": i for i in range(1, 9487)}
@@ -725,6 +725,26 @@ def test_exports_that_cannot_be(files, tmp_path, run, monkeypatch):
     code, _, err = run("convert", "export", tmp_path / "t.safetensors", *mini, *tuned_by, "--to", "timm")
     assert code == 2 and "the disk has 0.0 GB" in err
     assert {p.name for p in tmp_path.iterdir()} == {"other.safetensors", "full"}
+
+
+@pytest.mark.parametrize("dst, to", [("t.safetensors", "timm"), ("t.pt", "eva_clip"), ("t", "peft")])
+def test_ctrl_c_leaves_nothing(files, tmp_path, run, monkeypatch, dst, to):
+    """In the middle of writing: half of it is there when the signal comes."""
+
+    def write_half(tensors, path, **_):
+        Path(path).write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(convert, "save_file", write_half)
+    monkeypatch.setattr(torch, "save", write_half)
+    if "." in dst:
+        (tmp_path / dst).write_bytes(b"as it was")
+    before = sorted(tmp_path.iterdir())
+    options = ("--weights", files / "timm.safetensors", "--lora", files / "lora.safetensors", "--to", to)
+    code, _, err = run("convert", "export", tmp_path / dst, *options)
+    assert code == 130 and err.startswith("convert.py: interrupted") and err.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
+    assert not before or before[0].read_bytes() == b"as it was"
 
 
 @pytest.mark.parametrize("dst, to", [("t.safetensors", "timm"), ("t.pt", "eva_clip"), ("t", "peft")])

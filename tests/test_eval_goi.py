@@ -1,9 +1,6 @@
 """Table 4: the probe against torch's own, the cache of features, and the script as users run it."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +15,6 @@ import common
 import eval_goi
 import lora
 
-ROOT = Path(__file__).resolve().parents[1]
 COLOURS = {"circle": (220, 30, 30), "star": (30, 200, 30), "cross": (30, 30, 220), "square": (230, 230, 40)}
 
 
@@ -202,13 +198,10 @@ def test_a_zero_dW_changes_exactly_nothing(jsonl, tmp_path, run):
     assert len({file.read_bytes() for file in files}) == 4
 
 
-def test_two_ranks_write_one_cache(jsonl, tmp_path, run):
-    two = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "eval_goi.py"]
-    two = [sys.executable, *map(str, [*two, *command(jsonl, tmp_path / "two", "--batch", 5)])]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(two, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Top-1 Acc") == 1
+def test_two_ranks_write_one_cache(jsonl, tmp_path, run, run_ranks):
+    codes, outs = run_ranks(2, "eval_goi", *command(jsonl, tmp_path / "two", "--batch", 5))
+    assert codes == [0, 0], outs
+    assert [out.count("Top-1 Acc") for out in outs] == [1, 0]
     assert run("eval_goi", *command(jsonl, tmp_path / "one"))[0] == 0
     for file in (tmp_path / "one" / "features").glob("*.npy"):
         other = np.load(tmp_path / "two" / "features" / file.name)

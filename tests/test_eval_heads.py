@@ -2,10 +2,8 @@
 
 import json
 import os
-import re
 import shutil
-import subprocess
-import sys
+import signal
 from argparse import Namespace
 from pathlib import Path
 
@@ -13,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.distributed.run import get_args_parser
 
 import backbone as vit
 import caption_scores
@@ -21,7 +18,8 @@ import eval_heads
 import heads
 import lora
 import panoptic_quality
-from data import coco, validation
+from data import coco, pose, validation
+from data.captions import Captions
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -50,7 +48,7 @@ def test_published_box_figures_come_out(fast):
 
 def truth(task: str, folder: Path, split: str = "val2017", categories=None) -> tuple:
     """A scorer for a task and the answers that a perfect head would give."""
-    items = validation.Images(folder, task, split)
+    items = pose.PersonBoxes(folder, split) if task == "pose" else validation.Images(folder, task, split)
     head = Namespace(config={"categories": items.categories})
     args = Namespace(fast_eval=False, out=".", seed=0)
     return items, eval_heads.SCORERS[task](items, head, args)
@@ -97,6 +95,19 @@ def test_bad_results_are_named(scenes, fast):
             eval_heads.average_precision(annotations, [good, {**good, **change}], "bbox", [1, 2], fast)
 
 
+def test_only_the_images_evaluated_count(scenes):
+    """All of image 1, nothing of the others."""
+    path = scenes / "annotations" / "instances_val2017.json"
+    results = [
+        {**{k: a[k] for k in ("image_id", "category_id", "bbox")}, "score": 1.0}
+        for a in json.loads(path.read_text())["annotations"]
+        if a["image_id"] == 1
+    ]
+    for fast in (False, True):
+        of = {n: eval_heads.average_precision(path, results, "bbox", range(1, n + 1), fast) for n in (1, 4)}
+        assert of[1]["box AP"] == pytest.approx(100) and of[4]["box AP"] < 90
+
+
 # --- panoptic
 
 
@@ -123,6 +134,15 @@ def test_panoptic_truth_against_itself_scores_100(real_coco, tmp_path):
     low, high = scorer.intervals(before, after)["PQ"]
     assert worse["PQ"] < 100 and 0 < low <= 100 - worse["PQ"] + 1e-9 and low < high
     assert scorer.intervals(after, after)["PQ"] == (0, 0)
+
+
+def test_the_panoptic_interval_is_paired():
+    """However unlike the images are: none of that is in the difference of a run from itself."""
+    scorer = eval_heads.PanopticQuality.__new__(eval_heads.PanopticQuality)
+    scorer.categories, scorer.seed = [{"id": 1, "name": "sky", "isthing": False}], 0
+    counts = np.array([[[0.9, 1, 0, 0]], [[0, 0, 5, 5]], [[0.6, 1, 3, 0]]])  # (n, C, 4)
+    assert scorer.intervals(counts, counts)["PQ"] == (0, 0)
+    assert scorer.intervals(counts, counts * 0 + counts[0])["PQ"][0] >= 0
 
 
 def test_a_broken_panoptic_answer_is_named(real_coco, tmp_path):
@@ -223,6 +243,27 @@ def test_evaluation_sizes_are_the_releases(real_coco):
     assert [items[i][1]["image_id"] for i in range(3)] == items.image_ids == sorted(items.image_ids)
 
 
+def test_images_without_annotations_count_where_finding_nothing_is_right(scenes, tmp_path):
+    shutil.copytree(scenes, tmp_path / "coco")
+    for kind in ("instances", "captions"):
+        path = tmp_path / "coco" / "annotations" / f"{kind}_val2017.json"
+        content = json.loads(path.read_text())
+        content["annotations"] = [a for a in content["annotations"] if a["image_id"] != 3]
+        path.write_text(json.dumps(content))
+    for task, ids in (("detection", [1, 2, 3, 4]), ("segmentation", [1, 2, 3, 4]), ("captioning", [1, 2, 4])):
+        items = validation.Images(tmp_path / "coco", task, "val2017")
+        assert items.image_ids == ids and f"{4 - len(ids)} without annotation left out" in items.notes[0]
+
+
+@pytest.mark.parametrize(
+    "task, size", [("detection", (252, 336)), ("segmentation", (378, 504)), ("captioning", (126, 126))]
+)
+def test_scale_is_of_every_size(task, size):
+    """Half of them: long sides 672 / 2; 1022 / 2 in whole patches, 36; 18 / 2 patches."""
+    resized, target = validation.prepare(torch.zeros(3, 480, 640, dtype=torch.uint8), task, 14, scale=0.5)
+    assert tuple(resized.shape[1:]) == target["size"] == size
+
+
 # --- the script
 
 
@@ -277,21 +318,13 @@ def test_compare_is_both_runs_in_one(scenes, made, tmp_path, run, task):
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=0.02)
 
 
-def torchrun(n: int, script: str, *options) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", n, script, *options]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [*map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
-    )
-
-
 @pytest.mark.parametrize("images", [1, 3])
-def test_two_ranks_are_one_process_to_the_digit(scenes, made, tmp_path, run, images):
+def test_two_ranks_are_one_process_to_the_digit(scenes, made, tmp_path, run, run_ranks, images):
     """With one image fewer, and one more, than ranks."""
     more = ("--limit", images)
     assert run("eval_heads", *options("detection", scenes, made, tmp_path / "one", *more))[0] == 0
-    result = torchrun(2, "eval_heads.py", *options("detection", scenes, made, tmp_path / "two", *more))
-    assert result.returncode == 0, result.stderr
+    codes, outs = run_ranks(2, "eval_heads", *options("detection", scenes, made, tmp_path / "two", *more))
+    assert codes == [0, 0], outs
     one, two = (json.loads((tmp_path / n / "result.json").read_text())["rows"] for n in ("one", "two"))
     assert one == two
     files = [(tmp_path / n / "predictions_before.json").read_bytes() for n in ("one", "two")]
@@ -312,11 +345,125 @@ def test_what_cannot_be_is_one_line(scenes, real_coco, made, tmp_path, run):
         (["--image-scale", 0], "--image-scale must be in"),
         (["--lora", absent], "no LoRA file"),
         (["--batch", 0], "--batch must be at least 1"),
-        (["--coco", real_coco], "knows 7 categories"),
+        (["--coco", real_coco], "knows 14 categories"),
     ):
         code, _, err = run("eval_heads", *good, *more)
         assert code == 2 and says in err and err.count("\n") == 1, (more, err)
         assert not (tmp_path / "new").exists()
+
+
+@pytest.fixture(scope="module")
+def captioner(scenes, made) -> Path:
+    """A random captioner whose captions end, and differ from image to image."""
+    torch.manual_seed(0)
+    head = heads.HEADS["captioning"](192, Captions(scenes, "train2017", min_count=1).vocabulary)
+    for name, p in head.named_parameters():
+        p.data *= 1 if p.dim() < 2 else 8 if name.startswith(("fc", "embedding")) else 3
+    head.fc.bias.data[-1] = 3
+    heads.save(head, made / "captioning.safetensors", "captioning", backbone="eva_mini", no_cls=False)
+    return made / "captioning.safetensors"
+
+
+def caption_rows(scenes, said: dict) -> list[list]:
+    """[before, after] of each row that the captions {variant: COCO results} deserve, CIDEr first."""
+    content = json.loads((scenes / "annotations" / "captions_val2017.json").read_text())
+    references = {s["image_id"]: [] for s in next(iter(said.values()))}
+    for a in content["annotations"]:
+        if a["image_id"] in references:
+            references[a["image_id"]].append(a["caption"])
+    scores = []
+    for variant in ("before", "after"):
+        candidates = {s["image_id"]: s["caption"] for s in said.get(variant, ())}
+        found = caption_scores.caption_scores(references, candidates) if candidates else {}
+        scores.append([100 * v for v in found.values() if isinstance(v, float)] or [None] * 2)
+    return [pytest.approx(list(both), abs=1e-9) for both in zip(*scores, strict=True)]
+
+
+@pytest.mark.skipif(not caption_scores.has_java(), reason="needs Java")
+def test_captions_are_scored_by_the_script(scenes, made, captioner, tmp_path, run):
+    more = ("--limit", 2, "--lora", made / "lora.safetensors")
+    code, text, err = run("eval_heads", *options("captioning", scenes, captioner, tmp_path, *more))
+    assert code == 0 and "no Java" not in text, err
+    rows = json.loads((tmp_path / "result.json").read_text())["rows"]
+    said = {"after": json.loads((tmp_path / "predictions_after.json").read_text())}
+    assert [r["metric"] for r in rows] == ["CIDEr", "BLEU-4"] and len(said["after"]) == 2
+    assert [[r["before"], r["after"]] for r in rows] == caption_rows(scenes, said)
+
+
+def test_captions_before_and_after(scenes, made, captioner, tmp_path, run, monkeypatch):
+    """They are those of the images on their own, after: through merged weights; the rows are their scores."""
+    monkeypatch.setattr(caption_scores, "has_java", lambda: False)
+    tuned = made / "lora.safetensors"
+    more = ("--batch", 3, "--compare", tuned)
+    code, text, err = run("eval_heads", *options("captioning", scenes, captioner, tmp_path, *more))
+    assert code == 0, err
+    head, backbone, said = heads.load(captioner, 192), vit.load("eva_mini", "random"), {}
+    lora.load(backbone.vit, tuned)
+    items = validation.Images(scenes, "captioning", "val2017", scale=0.2)
+    items.patch = backbone.patch
+    for variant, become in (("after", lora.merge), ("before", lora.unmerge)):
+        become(backbone.vit)
+        lora.switch(backbone.vit, on=False) if variant == "before" else None
+        said[variant] = []
+        for image, target in (items[i] for i in range(4)):
+            images, valid, y = items.collate([(image, target)], backbone.patch, backbone.mean, backbone.std)
+            with torch.no_grad():
+                (answer,) = head.predict(backbone(images, valid), y)
+            said[variant].append({"image_id": target["image_id"], "caption": answer["caption"]})
+        assert json.loads((tmp_path / f"predictions_{variant}.json").read_text()) == said[variant]
+    assert len({s["caption"] for s in said["after"]}) > 1 and said["before"] != said["after"]
+
+    result = json.loads((tmp_path / "result.json").read_text())
+    cider, bleu = rows = result["rows"]
+    assert [r["metric"] for r in rows] == ["cider_simple_tok", "bleu4_simple_tok"] and "no Java" in text
+    assert [[r["before"], r["after"]] for r in rows] == caption_rows(scenes, said)
+    assert all(r["difference"] == r["after"] - r["before"] and r["n"] == 4 for r in rows)
+    assert cider["difference"] and cider["low"] <= cider["difference"] <= cider["high"]
+    assert bleu["low"] is None and "4 images are too few" in text and not result["partial"]
+
+
+@pytest.mark.parametrize("task", ["detection", "segmentation", "pose", "panoptic", "captioning"])
+def test_missing_and_unknown_predictions_are_named(real_coco, tmp_path, task):
+    """An image with nothing found is no missing one, but in panoptic segmentation and captioning."""
+    items, scorer = truth(task, real_coco)
+    scorer.out, first = tmp_path, items.image_ids[0]
+    answer = {"image_id": 12345678, "labels": torch.zeros(1).long(), "scores": torch.ones(1)}
+    answer |= {"boxes_xyxy": torch.ones(1, 4), "masks": torch.ones(1, 4, 4).bool(), "caption": "a cat"}
+    answer |= {"keypoints": torch.ones(17, 3), "score": 1.0, "area": 1.0, "segments_info": []}
+    answer["segments"] = torch.zeros(4, 4, dtype=torch.int32)
+    known = items.image_ids if task == "captioning" else ()
+    with pytest.raises(ValueError, match="1 images are predicted for, but .*: 12345678"):
+        scorer.score([scorer.keep({**answer, "image_id": i}, "before") for i in (*known, 12345678)])
+    if task == "captioning":
+        kept = [scorer.keep({**answer, "image_id": i}, "before") for i in items.image_ids[1:]]
+    elif task == "panoptic":
+        kept = [({"image_id": i}, np.zeros((len(scorer.categories), 4))) for i in items.image_ids[1:]]
+    else:
+        scores = scorer.score([])[1]
+        assert {v for v in scores.values() if v is not None} == {0}
+        return
+    with pytest.raises(ValueError, match=f"1 images have no prediction: {first}"):
+        scorer.score(kept)
+
+
+def test_images_are_normalized_as_told(scenes, made, tmp_path, run, monkeypatch):
+    seen, collate = [], coco.collate
+    spy = staticmethod(lambda s, patch, mean, std: seen.append((mean, std)) or collate(s, patch, mean, std))
+    monkeypatch.setattr(validation.Images, "collate", spy)
+    for more in ((), ("--imagenet-norm",)):
+        assert run("eval_heads", *options("detection", scenes, made, tmp_path, "--limit", 1, *more))[0] == 0
+    clip = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    assert seen == [clip, ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
+
+
+def test_ctrl_c_is_one_line_and_leaves_nothing(scenes, made, tmp_path, run, monkeypatch):
+    def predict(self, f, y):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(heads.HEADS["detection"], "predict", predict)
+    code, _, err = run("eval_heads", *options("detection", scenes, made, tmp_path / "out"))
+    assert code == 130 and err.splitlines()[-1].startswith("eval_heads.py: interrupted")
+    assert "Traceback" not in err and not (tmp_path / "out").exists()
 
 
 def test_a_bad_image_is_named(scenes, made, tmp_path, run):
@@ -325,11 +472,3 @@ def test_a_bad_image_is_named(scenes, made, tmp_path, run):
     picture.write_bytes(picture.read_bytes()[:700])
     code, _, err = run("eval_heads", *options("detection", tmp_path / "coco", made, tmp_path / "out"))
     assert code == 2 and "000000000002.jpg cannot be decoded" in err.splitlines()[-1]
-
-
-def test_help_and_torchrun_take_every_option(run):
-    parser_says = run("eval_heads", "--help")[1]
-    found = re.findall(r"^  (--[a-z-]+)", parser_says, flags=re.MULTILINE)
-    own = [o for action in get_args_parser()._actions for o in action.option_strings]
-    assert {"--head", "--compare", "--fast-eval", "--persons", "--limit"} <= set(found)
-    assert not [(o, t) for o in found for t in own if t.startswith(o) or t.replace("_", "-").startswith(o)]

@@ -2,10 +2,6 @@
 
 import json
 import math
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_words import some_words, write_lmdb
-from torch.distributed.run import get_args_parser
 
 import backbone as vit
 import eval_ocr
@@ -21,7 +16,6 @@ import lora
 from backbone import Features
 from data import words
 
-ROOT = Path(__file__).resolve().parents[1]
 MINI = ("--model", "eva_mini", "--weights", "random", "--workers", 0)
 SMALL = (*MINI, "--size", 56, 112, "--width", 32, "--charset", 36, "--warmup", 2, "--log-every", 2)
 
@@ -295,13 +289,10 @@ def test_stopped_and_resumed_is_bit_identical(sets, tmp_path, run, monkeypatch):
     assert code == 2 and "lr was" in err
 
 
-def test_two_ranks_are_one_with_twice_the_batch(sets, tmp_path, run):
-    two = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "eval_ocr.py"]
-    two = [sys.executable, *map(str, [*two, *command(sets, tmp_path / "two", batch=4)])]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(two, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("all sets found") == 2  # printed once, with its two metrics
+def test_two_ranks_are_one_with_twice_the_batch(sets, tmp_path, run, run_ranks):
+    codes, outs = run_ranks(2, "eval_ocr", *command(sets, tmp_path / "two", batch=4))
+    assert codes == [0, 0], outs
+    assert [out.count("all sets found") for out in outs] == [2, 0]  # printed once, with its two metrics
     assert run("eval_ocr", *command(sets, tmp_path / "one"))[0] == 0
     a, b = (load_file(tmp_path / n / "before" / "ocr.safetensors") for n in ("two", "one"))
     difference = math.sqrt(sum((a[n] - b[n]).square().sum() for n in b))
@@ -319,15 +310,6 @@ def test_limit_is_partial(sets, tmp_path, run):
     found = result(tmp_path)
     assert found["partial"] and {r["n"] for r in found["rows"] if r["set"] in ("SVT", "mine")} == {2}
     assert np.isclose(sum(r["n"] for r in found["rows"] if r["set"] == "all sets found"), 8)
-
-
-@pytest.mark.parametrize("script", ["eval_ocr", "eval_goi"])
-def test_no_option_is_the_beginning_of_one_of_torchruns(script, run):
-    code, out, _ = run(script, "--help")
-    options = set(re.findall(r"--[a-z][a-z-]+", out)) - {"--help", "--nproc"}
-    own = [o.replace("_", "-") for a in get_args_parser()._actions for o in a.option_strings]
-    assert code == 0 and {"--compare", "--train", "--size"} <= options
-    assert not [o for o in options if any(theirs.startswith(o) for theirs in own)]
 
 
 def test_bad_options_and_data_are_one_line(sets, tmp_path, run):

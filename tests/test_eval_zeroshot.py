@@ -1,8 +1,6 @@
 """eval_zeroshot.py end to end, against open_clip's own preprocessing, classifier and towers."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -174,16 +172,13 @@ def test_retrieval_is_a_brute_force_count(model, pictures, base, run, tmp_path):
     assert scores(tmp_path, "before") != scores(tmp_path, "after")
 
 
-def test_two_ranks_are_one_process(model, pictures, base, run, tmp_path):
-    """17 files in batches of 5 on two ranks, options as torchrun parses them."""
+def test_two_ranks_are_one_process(model, pictures, base, run, run_ranks, tmp_path):
+    """17 files in batches of 5 on two ranks."""
     options = ["classification", *base, "--set", f"colours={pictures / 'set'}", "--compare", model["lora"]]
     assert run("eval_zeroshot", *options, "--out", tmp_path / "one")[0] == 0
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "eval_zeroshot.py"]
     options[options.index("--text-cache") + 1] = tmp_path / "other texts"
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [str(x) for x in (*torchrun, *options, "--out", tmp_path / "two")]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    codes, outs = run_ranks(2, "eval_zeroshot", *options, "--out", tmp_path / "two")
+    assert codes == [0, 0], outs
     assert result(tmp_path / "two")["rows"] == result(tmp_path / "one")["rows"]
     assert result(tmp_path / "two")["sets"] == result(tmp_path / "one")["sets"]
     texts = [load_file(next((tmp_path / name).iterdir()))["texts"] for name in ("texts", "other texts")]

@@ -127,3 +127,14 @@ def test_variants_and_lora_of_another_backbone(tmp_path):
 def test_table_is_markdown():
     expected = "| set | acc |\n| --- | --- |\n| a | 12.35 |\n| b | - |"
     assert evaluation.table(["set", "acc"], [["a", 12.345], ["b", None]]) == expected
+
+
+def test_row_is_in_percent_points():
+    before, after = np.array([0.0, 0, 1, 1, 0]), np.array([1.0, 0, 1, 1, 0])
+    row = evaluation.row("s", "acc1", {"before": before, "after": after})
+    assert row["before"] == pytest.approx(40) and row["after"] == pytest.approx(60) and row["p"] == 1
+    assert row["difference"] == pytest.approx(20) and row["low"] <= 20 <= row["high"] <= 100 and row["n"] == 5
+    alone = evaluation.row("s", "acc1", {"after": after}, 9)
+    assert [alone[k] for k in ("before", "after", "low", "n")] == [None, pytest.approx(60), None, 9]
+    one = evaluation.row("s", "bleu", {"before": 0.25, "after": 0.5}, 7)
+    assert [one[k] for k in ("before", "after", "difference", "low", "p", "n")] == [25, 50, 25, None, None, 7]

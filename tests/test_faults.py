@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.test_stages import ROOT, head, launched, stage2  # noqa: F401 (head is a fixture)
+from tests.test_stages import ROOT, head, stage2  # noqa: F401 (head is a fixture)
 
 
 def started(*command) -> subprocess.Popen:
@@ -49,7 +49,7 @@ def same(one: Path, two: Path, tolerance: float) -> bool:
     return bool((a - b).norm() <= tolerance * b.norm())
 
 
-def test_two_machines_are_one_process_of_twice_the_batch(scenes, head, tmp_path):  # noqa: F811
+def test_two_machines_are_one_process_of_twice_the_batch(scenes, head, tmp_path, run):  # noqa: F811
     """Two torchrun agents that meet at an address, as on two machines (here both are this one)."""
     store = tmp_path / "rendezvous"
     agents = []
@@ -64,11 +64,11 @@ def test_two_machines_are_one_process_of_twice_the_batch(scenes, head, tmp_path)
         said, _ = agent.communicate(timeout=300)
         assert agent.returncode == 0, said
     one = stage2(scenes, tmp_path / "one", head, batch=2, **{"save-every": 4})
-    assert launched("stage2_lora.py", *one).returncode == 0
+    assert run("stage2_lora", *one)[0] == 0
     assert same(tmp_path / "two", tmp_path / "one", 1e-3)  # see test_stages
 
 
-def test_a_lost_rank_ends_the_job_and_one_process_goes_on(scenes, head, tmp_path):  # noqa: F811
+def test_a_lost_rank_ends_the_job_and_one_process_goes_on(scenes, head, tmp_path, run):  # noqa: F811
     """Rank 1 is killed after the first checkpoint; one process with the whole batch takes the run up."""
     options = stage2(scenes, tmp_path / "lost", head, iters=400, **{"save-every": 4})
     agent = started("-m", "torch.distributed.run", "--nproc_per_node", 2, "stage2_lora.py", *options)
@@ -83,8 +83,8 @@ def test_a_lost_rank_ends_the_job_and_one_process_goes_on(scenes, head, tmp_path
     state["options"]["iters"] = at + 4  # a shorter run, so that the test ends
     torch.save(state, tmp_path / "lost" / "last.pt")
     rest = stage2(scenes, tmp_path / "lost", head, iters=at + 4, batch=2, **{"save-every": 4})
-    resumed = launched("stage2_lora.py", *rest, "--resume")
-    assert resumed.returncode == 0, resumed.stderr
+    code, _, err = run("stage2_lora", *rest, "--resume")
+    assert code == 0, err
     assert torch.load(tmp_path / "lost" / "last.pt", weights_only=True)["step"] == at + 4
 
 

@@ -1,10 +1,7 @@
 """Pose head and person crops against transformers' ViTPose, literal transcriptions, and values by hand."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -209,6 +206,23 @@ def test_the_same_person_twice_is_reported_once():
     assert results[0]["category_id"] == 1 and len(json.loads(json.dumps(results))[0]["keypoints"]) == 51
 
 
+def test_the_size_of_two_persons_is_their_mean():
+    """All keypoints d = 10 px apart: the OKS is the mean of exp(-d^2 / (8 sigma^2 area))."""
+    sigmas = pose_head.Params(iouType="keypoints").kpt_oks_sigmas
+    areas = np.linspace(1e3, 1e5, 10_000)
+    oks = np.exp(-100 / (8 * sigmas**2 * areas[:, None])).mean(1)
+    enough = areas[oks > 0.9][0]
+    assert oks[0] < 0.9
+
+    def left(one: float, two: float) -> int:
+        pair = (20.0, 0.9, one * enough), (20 + 50**0.5, 0.5, two * enough)
+        persons = [{"keypoints": np.full((17, 3), x), "score": s, "area": area} for x, s, area in pair]
+        return len(pose_head.oks_nms(persons))
+
+    for sizes, count in (((1.5, 0.4), 2), ((0.4, 1.5), 2), ((1.5, 0.6), 1), ((0.6, 1.5), 1)):
+        assert left(*sizes) == count, sizes
+
+
 # --- crops
 
 
@@ -295,6 +309,22 @@ def test_augmentation_is_vitposes(people):
     )
     assert ratio[~moved].min() >= 0.499 and ratio[~moved].max() <= 1.501 and ratio[~moved].std() > 0.2
     assert np.mean(moved[many]) == pytest.approx(0.3, abs=0.1) and not moved[~many].any() and many.any()
+
+
+def test_half_of_a_person_is_centred_on_its_keypoints(people):
+    """1.5 times the extent of its keypoints; 3 in 10 persons; the lower half: hips and below."""
+    stream, rng = pose.Pose(people, "train2017"), np.random.default_rng(0)
+    points = np.concatenate([rng.uniform(0, 90, (17, 2)), np.full((17, 1), 2)], 1).astype(np.float32)
+    expected = []
+    for part in (points[:11, :2], points[11:, :2]):  # the lower: hips, knees, ankles
+        (w, h), centre = part.max(0) - part.min(0), part.mean(0)
+        expected.append([*centre, 1.5 * max(w, 0.75 * h), 1.5 * max(h, w / 0.75)])
+    torch.manual_seed(0)
+    crops = [crop for _ in range(200) if (crop := stream.half_body(points, 0.75)) is not None]
+    which = [int(np.abs(crop - expected[1]).max() < 1e-3) for crop in crops]
+    for crop, k in zip(crops, which, strict=True):
+        np.testing.assert_allclose(crop, expected[k], rtol=1e-5)
+    assert 40 < len(crops) < 80 and 0.3 < np.mean(which) < 0.7
 
 
 def test_real_keypoints_come_back_from_their_own_heat_maps(real_coco):
@@ -417,7 +447,7 @@ def small(people, out, **changed) -> list:
     return [*fixed, *(x for k, v in options.items() for x in (f"--{k}", v))]
 
 
-def test_stages_train_resume_and_agree_over_ranks(people, tmp_path, run):
+def test_stages_train_resume_and_agree_over_ranks(people, tmp_path, run, run_ranks):
     """BatchNorm's running means are part of the run: resumed is uninterrupted, two ranks are one process."""
     one = small(people, tmp_path / "one")
     assert run("stage1_heads", "--task", "pose", *one)[0] == 0
@@ -429,13 +459,9 @@ def test_stages_train_resume_and_agree_over_ranks(people, tmp_path, run):
     parts = load_file(tmp_path / "again" / "pose.safetensors")
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
 
-    command = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "stage1_heads.py", "--task", "pose"]
-    command = [sys.executable, *command, *small(people, tmp_path / "two", batch=1)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        [*map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stderr
+    options = small(people, tmp_path / "two", batch=1)
+    codes, outs = run_ranks(2, "stage1_heads", "--task", "pose", *options)
+    assert codes == [0, 0], outs
     two = load_file(tmp_path / "two" / "pose.safetensors")
     for name, value in whole.items():  # Adam's first steps have the size of the rate whatever the gradient's
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=2e-4)

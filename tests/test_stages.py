@@ -1,9 +1,10 @@
 """Both stages end to end, as a user runs them: on real images, on two ranks, killed, resumed, and misused."""
 
+import argparse
+import importlib
 import itertools
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.run import get_args_parser
 
 import backbone as vit
 import common
@@ -23,6 +25,7 @@ import stage2_lora
 from data import coco
 
 ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = [path.stem for path in sorted(ROOT.glob("*.py")) if "common.launch(main)" in path.read_text()]
 MINI = ("--model", "eva_mini", "--weights", "random", "--workers", 0)
 
 
@@ -58,6 +61,10 @@ def head(scenes, tmp_path_factory) -> Path:
         with pytest.raises(SystemExit, match="0"):
             common.launch(stage1_heads.main)
     return out
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def losses(out: Path) -> list[float]:
@@ -135,24 +142,10 @@ def test_torchrun_with_two_processes_is_one_with_twice_the_batch(scenes, head, t
     assert files < {path.name for path in (tmp_path / "two").iterdir()}
 
 
-KILL = """
-import os, signal, sys
-import common, {script}
-save = common.Checkpoint.save
-count = 0
-def interrupted(self, step):
-    global count
-    if step > {after}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    save(self, step)
-common.Checkpoint.save = interrupted
-sys.argv = sys.argv[1:]
-common.launch({script}.main)
-"""
-
-
 @pytest.mark.parametrize("stage", ["stage1_heads", "stage2_lora"])
-def test_killed_and_resumed_is_bit_identical_to_uninterrupted(scenes, head, tmp_path, run, stage):
+def test_killed_and_resumed_is_bit_identical_to_uninterrupted(
+    scenes, head, tmp_path, run, run_ranks, monkeypatch, stage
+):
     """Killed at step 6 of 8, the last checkpoint at 3; resumed with other workers; with dropout."""
     options = stage1(scenes, "OUT", iters=8) if stage == "stage1_heads" else stage2(scenes, "OUT", head)
     options += ["--save-every", 3]
@@ -162,10 +155,11 @@ def test_killed_and_resumed_is_bit_identical_to_uninterrupted(scenes, head, tmp_
 
     code, *_ = run(stage, *at(tmp_path / "whole"))
     assert code == 0
-    script = tmp_path / "kill.py"
-    script.write_text(KILL.format(script=stage, after=3))
-    killed = launched(script, f"{stage}.py", *at(tmp_path / "parts"), "--workers", 1)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    save = common.Checkpoint.save
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Checkpoint, "save", lambda self, step: die() if step > 3 else save(self, step))
+        codes, outs = run_ranks(1, stage, *at(tmp_path / "parts"), "--workers", 1)
+    assert codes == [-signal.SIGKILL], outs
     assert torch.load(tmp_path / "parts" / "last.pt")["step"] == 3
     code, *_ = run(stage, *at(tmp_path / "parts"), "--resume", "--workers", 2)
     assert code == 0
@@ -177,9 +171,9 @@ def test_killed_and_resumed_is_bit_identical_to_uninterrupted(scenes, head, tmp_
     assert code == 2 and "lr was" in err
 
 
-def test_three_tasks_on_real_images_in_one_process_and_two(real_coco, tmp_path, run):
+def test_three_tasks_on_real_images_in_one_process_and_two(real_coco, tmp_path, run, run_ranks):
     """As the paper runs it; stopped in between, and split over two ranks. Panoptic on its two real images."""
-    tiny = {"iters": 2, "image-scale": 0.1, "min-count": 3, "warmup": 0}
+    tiny = {"iters": 1, "image-scale": 0.1, "min-count": 3, "warmup": 0}
     options = stage1(real_coco, tmp_path / "p", **tiny, split="val2017")
     code, *_ = run("stage1_heads", *options, "--task", "panoptic")
     assert code == 0 and heads.read_header(tmp_path / "p" / "panoptic.safetensors")["task"] == "panoptic"
@@ -205,8 +199,8 @@ def test_three_tasks_on_real_images_in_one_process_and_two(real_coco, tmp_path, 
 
     halves = ["detection=1", "segmentation=1", "captioning=2"]
     options = stage2(real_coco, tmp_path / "two", made, **together, batch=halves)
-    result = launched("--nproc_per_node", 2, "stage2_lora.py", *options)
-    assert result.returncode == 0, result.stderr
+    codes, outs = run_ranks(2, "stage2_lora", *options)
+    assert codes == [0, 0], outs
     one, two = (
         [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
         for name in ("a", "two")
@@ -381,15 +375,24 @@ def test_defaults_are_the_papers(monkeypatch, capsys):
     assert (two.save_every, two.lora_alpha, two.head_lr_ratio) == (5000, 1.0, 0.0)
 
 
-@pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("stage*.py")))
-def test_help_and_torchrun_take_every_option(script):
-    """A script option that is a prefix of one of torchrun's own would be read by torchrun instead."""
-    shown = launched(script, "--help")
-    assert shown.returncode == 0 and "Algorithm" in shown.stdout
-    options = re.findall(r"^  (--[a-z-]+)", shown.stdout, flags=re.MULTILINE)
-    from torch.distributed.run import get_args_parser
+def options_of(parser: argparse.ArgumentParser) -> set[str]:
+    """With those of its subcommands."""
+    found = {o for action in parser._actions for o in action.option_strings}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            found = found.union(*map(options_of, action.choices.values()))
+    return found
 
-    own = [o for action in get_args_parser()._actions for o in action.option_strings]
-    assert {"--coco", "--save-every", "--resume"} <= set(options)
-    for option in options:
-        assert not any(o.startswith(option) or o.replace("_", "-").startswith(option) for o in own), option
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_and_torchrun_take_every_option(script, run, monkeypatch):
+    """torchrun refuses an option that begins several of its own, even where it is the script's."""
+    code, shown, _ = run(script, "--help")
+    assert code == 0 and importlib.import_module(script).__doc__.splitlines()[0] in shown
+    parsers = []
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda p: parsers.append(p) or sys.exit(0))
+    assert run(script)[0] == 0
+    options = options_of(parsers[0]) - {"-h", "--help"}
+    own = options_of(get_args_parser())
+    assert options & {"--out", "--to"} and "--nproc-per-node" in own
+    assert not [(o, t) for o in options for t in own if t.startswith(o) or t.replace("_", "-").startswith(o)]

@@ -291,12 +291,3 @@ def test_accuracy_by_loops():
     expected = np.mean([np.mean(r) for r in of_class.values()])
     assert len(of_class) == 6 and scores["mean per class"].mean().item() == pytest.approx(expected, abs=1e-12)
     assert "acc5" not in eval_zeroshot.accuracy(top[:, :3], target.clamp(max=2), 3)
-
-
-def test_row_is_in_percent_points():
-    before, after = torch.tensor([0.0, 0, 1, 1, 0]), torch.tensor([1.0, 0, 1, 1, 0])
-    row = eval_zeroshot.row("s", "acc1", {"before": before, "after": after}, 5)
-    assert row["before"] == pytest.approx(40) and row["after"] == pytest.approx(60) and row["p"] == 1
-    assert row["difference"] == pytest.approx(20) and row["low"] <= 20 <= row["high"] <= 100
-    alone = eval_zeroshot.row("s", "acc1", {"after": after}, 5)
-    assert (alone["before"], alone["after"], alone["low"]) == (None, pytest.approx(60), None)
