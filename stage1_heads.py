@@ -93,11 +93,11 @@ def main() -> None:
         log.add(step + 1, args.task, y, loss, parts, lr, save)
 
         # --- save
-        if save:
-            run.save(step + 1)
+        if save:  # the checkpoint last: what is resumed from it is complete
             if ranks.rank == 0:
                 header = dict(step=step + 1, **common.features_of(args))
                 heads.save(head, out / f"{args.task}.safetensors", args.task, **header)
+            run.save(step + 1)
     log.say([f"{out / args.task}.safetensors: T* after {args.iters} steps"])
 
 

@@ -134,8 +134,7 @@ def main() -> None:
         log.add(step + 1, task, y, loss, parts, factor * args.lr, save)
 
         # --- save
-        if save:
-            run.save(step + 1)
+        if save:  # the checkpoint last: what is resumed from it is complete
             if ranks.rank == 0:
                 header = dict(step=step + 1, **common.features_of(args))
                 for name in (f"lora_{step + 1:06d}", "lora"):
@@ -143,6 +142,7 @@ def main() -> None:
                 if args.head_lr_ratio > 0:
                     for task, head in task_heads.items():
                         heads.save(head, out / f"{task}.safetensors", task, **header)
+            run.save(step + 1)
     log.say([f"{out / 'lora.safetensors'}: dW* after {args.iters} steps"])
 
 
