@@ -29,35 +29,8 @@ import backbone as vit
 import eval_heads
 import heads
 import panoptic_quality
-from data import coco, pose, validation
+from data import pose, validation
 from demo import world
-
-NAMES = ["nose"] + [f"{side}_{i}" for i in range(8) for side in ("left", "right")]
-
-
-def persons(folder: Path, images: list[dict]) -> None:
-    """Keypoint annotations for the made-up scenes: one person each."""
-    annotations = [
-        {"id": i["id"], "image_id": i["id"], "category_id": 1, "iscrowd": 0, "bbox": [20, 20, 200, 300],
-         "area": 6e4, "num_keypoints": 17, "keypoints": [100, 100, 2] * 17}
-        for i in images
-    ]  # fmt: skip
-    content = {"images": images, "annotations": annotations}
-    content["categories"] = [{"id": 1, "name": "person", "keypoints": NAMES}]
-    (folder / "annotations" / "person_keypoints_val2017.json").write_text(json.dumps(content))
-
-
-def stuff(folder: Path, images: list[dict], rng) -> None:
-    """Panoptic annotations for them: 30 segments each."""
-    (folder / "annotations" / "panoptic_val2017").mkdir()
-    categories = [{"id": i, "name": str(i), "isthing": int(i <= 80)} for i in range(1, 134)]
-    annotations = []
-    for i in images:
-        ids, info = segments(rng, i["height"], i["width"], 30)
-        save(ids, folder / "annotations" / "panoptic_val2017" / f"{i['id']}.png")
-        annotations.append({"image_id": i["id"], "file_name": f"{i['id']}.png", "segments_info": info})
-    content = {"images": images, "annotations": annotations, "categories": categories}
-    (folder / "annotations" / "panoptic_val2017.json").write_text(json.dumps(content))
 
 
 def segments(rng, height: int, width: int, count: int) -> tuple[np.ndarray, list[dict]]:
@@ -140,9 +113,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         world.write(folder, "val2017", args.rounds + 1, 640, seed=0)
-        images = coco.read_json(folder / "annotations" / "instances_val2017.json", ("images",))["images"]
-        persons(folder, images)
-        stuff(folder, images, np.random.default_rng(0))
         for task in ("detection", "segmentation", "panoptic", "pose"):
             table[task] = {k: statistics.median(v) for k, v in loops(task, backbone, folder, args).items()}
         seconds = quality_seconds(folder, args.maps)
