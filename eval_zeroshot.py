@@ -212,8 +212,8 @@ def ranks_of(similarity: Tensor, image_of: Tensor, rows: int = 1024) -> tuple[Te
     best.scatter_reduce_(0, image_of, own[:, 0], "amax")  # (I,)
     by_caption, by_image = [], torch.zeros_like(best, dtype=torch.int64)
     for block, mine in zip(similarity.split(rows), own.split(rows), strict=True):
-        by_caption.append((block >= mine).sum(1) - 1)  # less the right one
-        by_image += (block >= best).sum(0)
+        by_caption.append((block >= mine).sum(1, dtype=torch.int32) - 1)  # less the right one
+        by_image += (block >= best).sum(0, dtype=torch.int32)
     by_image.index_add_(0, image_of, -(own[:, 0] >= best[image_of]).long())  # less its own
     return torch.cat(by_caption), by_image
 

@@ -70,7 +70,9 @@ def read_persons(coco: str | Path, split: str) -> Persons:
             names=[images[a["image_id"]][0] for a in kept],
             sizes=np.array([images[a["image_id"]][1:] for a in kept], np.int32).reshape(-1, 2),
             boxes_xywh=np.array([a["bbox"] for a in kept], np.float32).reshape(-1, 4),
-            keypoints=np.array([a["keypoints"] for a in kept], np.float32).reshape(len(kept), -1, 3),
+            keypoints=np.array([a["keypoints"] for a in kept], np.float32).reshape(
+                -1, len(category["keypoints"]), 3
+            ),
             scores=np.ones(len(kept)),
             images=dict(sorted(images.items())),
             categories=[category],
@@ -230,6 +232,8 @@ class PersonBoxes(Dataset):
             data = read_boxes(boxes, data)
         self.image_ids = list(data.images)[:limit]
         self.rows = np.flatnonzero(np.isin(data.ids, self.image_ids))
+        if not boxes and not len(self.rows):
+            raise ValueError(f"{self.annotations}: no person with keypoints in {len(self.image_ids)} images")
         self.data, self.folder, self.scale, self.patch = data, Path(coco) / split, scale, 1
         self.notes = [*data.notes, f"boxes of the persons: {boxes or 'the true ones'}"]
 

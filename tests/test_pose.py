@@ -501,3 +501,14 @@ def test_a_sample_depends_on_its_position_alone(people):
     shape = type("Shape", (), dict(patch=14, mean=(0.5,) * 3, std=(0.5,) * 3))
     images, valid, y = next(coco.batches(first, 3, shape, ranks))
     assert images.shape == (3, 3, 224, 168) and valid is None and len(y) == 3
+
+
+def test_images_without_persons_are_refused_by_name(tmp_path):
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "val2017").mkdir()
+    person = {"id": 1, "name": "person", "keypoints": ["nose", "left_eye", "right_eye"]}
+    content = {"images": [], "annotations": [], "categories": [person]}
+    (tmp_path / "annotations" / "person_keypoints_val2017.json").write_text(json.dumps(content))
+    assert pose.read_persons(tmp_path, "val2017").keypoints.shape == (0, 3, 3)
+    with pytest.raises(ValueError, match="no person with keypoints in 0 images"):
+        pose.PersonBoxes(tmp_path, "val2017")
