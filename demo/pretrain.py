@@ -57,7 +57,7 @@ def sentence(rng: np.random.Generator, things: list, stuff: list[str], bare: flo
 def sample(index: int, seed: int, things: float, bare: float) -> tuple[np.ndarray, list[str]]:
     """(SIDE, SIDE, 3) uint8 and SENTENCES: of a scene, one thing before something, or a word alone."""
     rng = np.random.default_rng((seed, 1, index))
-    kind = str(rng.choice(["scene", "thing", "word"], p=[0.85 - things, things, 0.15]))
+    kind = str(rng.choice(["scene", "thing", "word"], p=[0.8 - things, things, 0.2]))
     if kind == "word":
         picture, text = world.word_picture(rng, "plain")
         texts = [f"{rng.choice(['', 'the word '])}{text}" for _ in range(SENTENCES)]
@@ -133,12 +133,12 @@ def main() -> None:
     p.add_argument(
         "--out", type=Path, default=Path("out/pretrain"), help="folder for all that this run writes"
     )
-    p.add_argument("--pictures", type=int, default=24_000, help="how many different ones there are")
-    p.add_argument("--things", type=float, default=0.3, help="part of them that show one thing (words: 0.15)")
-    p.add_argument("--bare", type=float, default=0.2, help="part of these called by their name alone")
-    p.add_argument("--steps", type=int, default=2000)
+    p.add_argument("--pictures", type=int, default=32_000, help="how many different ones there are")
+    p.add_argument("--things", type=float, default=0.45, help="part of them that show one thing (words: 0.2)")
+    p.add_argument("--bare", type=float, default=0.5, help="part of these called by their name alone")
+    p.add_argument("--steps", type=int, default=4500)
     p.add_argument(
-        "--decay", type=int, default=400, help="of these steps: learning rate to 0, all patches seen"
+        "--decay", type=int, default=700, help="of these steps: learning rate to 0, all patches seen"
     )
     p.add_argument("--batch", type=int, default=128)
     p.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")

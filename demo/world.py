@@ -59,7 +59,20 @@ TEMPLATES = (
     "a {}",
 )  # pretraining has no full stop
 VARIANTS = ("plain", "sketch", "rotated", "noisy")
-WORD_SETS = ("plain", "fonts", "blur", "curved", "clutter")
+WORD_SETS = ("plain", "fonts", "blur", "curved", "clutter", "unseen")
+LEXICON = (  # what signs say and words are drawn from; the set `unseen` has made-up ones instead
+    "air art auto bag bait bake ball band bank bar bath beach bed beer bell bench bike bird boat book box "
+    "bread bridge bus cab cafe cake camp car card care cash cat chef city class clinic clock cloth club coal "
+    "coat coffee cold corn craft cream cycle dairy dance deli desk dock dog door drink drive east enter exit "
+    "farm fast ferry film fire fish flag flat food fresh fruit fuel game gate gift glass gold golf grand "
+    "green grill guide gym hair hall hat hill home honey horse hot hotel ice inn jazz juice key king "
+    "lake lamp lane law left lift lime live lock lunch mail map market meat menu metal milk mill mint motel "
+    "music new news nine north nurse oak office oil open over paint park party path pay pets phone pizza "
+    "plant play plaza point pool post print pub pull push quiet radio rail rent rest rice right river road "
+    "room rose sale salt school shoe shop show silk slow snack soap soup south spa sport stage star stop "
+    "store studio sugar sun taxi tea tile toys track train tram tree tunnel video view wait walk water way "
+    "west wine wood yard yoga zone zoo"
+).split()
 FONTS = Path(matplotlib.get_data_path(), "fonts", "ttf")
 SEEN = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSerif", "DejaVuSerif-Bold",
         "DejaVuSansMono", "DejaVuSansMono-Bold", "STIXGeneral", "STIXGeneralBol")  # fmt: skip
@@ -293,15 +306,15 @@ def font(name: str, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(FONTS / f"{name}.ttf", size)
 
 
-def word(rng: np.random.Generator) -> str:
-    """A made-up word of 3-5 letters that can be said aloud."""
+def made_up(rng: np.random.Generator) -> str:
+    """A word of 3-5 letters that can be said aloud, seldom one of LEXICON."""
     pattern = str(rng.choice(["cvc", "cvcv", "cvcvc", "vcv", "cvcc"], p=[0.35, 0.25, 0.15, 0.1, 0.15]))
     return "".join(str(rng.choice(list("bdfghklmnprstvz" if p == "c" else "aeiou"))) for p in pattern)
 
 
 def add_sign(rng, canvas: Canvas, thing: Thing, center, width: float, number: int) -> None:
     """A plate with a word on it, in black or white."""
-    thing.word = word(rng)
+    thing.word = str(rng.choice(LEXICON))
     text = thing.word.upper() if rng.random() < 0.5 else thing.word
     face = font(str(rng.choice(SEEN)), max(6, round(FINE * width * 1.35 / len(text))))
     x0, y0, x1, y1 = face.getbbox(text)
@@ -363,7 +376,8 @@ def scene(rng: np.random.Generator, size: int) -> Scene:
 
 def word_picture(rng: np.random.Generator, kind: str) -> tuple[Image.Image, str]:
     """A word as it is cropped from a picture, and its letters. kind: one of WORD_SETS; `plain` trains."""
-    text = word(rng) if rng.random() < 0.85 else "".join(map(str, rng.integers(0, 10, 4)))
+    known = str(rng.choice(LEXICON)) if rng.random() < 0.9 else "".join(map(str, rng.integers(0, 10, 4)))
+    text = made_up(rng) if kind == "unseen" else known
     text = str(rng.choice([text, text.upper(), text.capitalize()]))
     face = font(str(rng.choice(UNSEEN if kind == "fonts" else SEEN)), int(rng.integers(22, 30)))
     x0, y0, x1, y1 = face.getbbox(text)
