@@ -18,7 +18,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from timm.models import generate_default_cfgs, register_model
 from timm.models.eva import _cfg, _create_eva
 from torch import Tensor, nn
@@ -228,6 +228,13 @@ def load(name: str, weights: str, dtype=torch.float32, device="cpu", seed: int =
 
 
 # --- files
+
+
+def save(backbone: Backbone, path: str | Path) -> None:
+    """The weights under timm's names, to `load` or for timm itself."""
+    part = Path(f"{path}.tmp")
+    save_file({name: value.contiguous() for name, value in backbone.vit.state_dict().items()}, part)
+    part.replace(path)
 
 
 def read(path: str | Path) -> dict[str, Tensor]:

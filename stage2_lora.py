@@ -7,7 +7,7 @@ The paper's run (8 GPUs, eva_g, 50k steps), and one on a laptop:
 
 Reads COCO 2017 in --coco, the backbone in --weights and a head for each task in --heads. Writes
 OUT/lora.safetensors and, every --save-every steps, OUT/lora_NNNNNN.safetensors (the paper's default ViSFT is
-lora_005000), OUT/last.pt (to --resume from) and OUT/log.jsonl.
+lora_005000; with --full OUT/M.safetensors in their place), OUT/last.pt (to --resume from) and OUT/log.jsonl.
 """
 
 import argparse
@@ -44,6 +44,7 @@ def main() -> None:
     )
     add("--rank", type=int, default=64, help="r of LoRA (Sec. 3.2: 64; Table 9)")
     add("--lora-alpha", type=float, default=1.0, help="LoRA's scale x rank (the release: 1; Eq. 1: the rank)")
+    add("--full", action="store_true", help="all of M in LoRA's place (a control: not in the paper)")
     add("--head-lr-ratio", type=float, default=0.0, help="heads' rate / --lr (0 = frozen: Alg. 2; Table 11)")
     add("--iters", type=int, default=50_000, help="steps (Sec. 4.2: 50k)")
     add("--batch", nargs="+", default=[], metavar="N|TASK=N", help="per process (Sec. 4.2: 1; captioning 8)")
@@ -79,8 +80,11 @@ def main() -> None:
         heads.check_classes(task_heads[task], dataset.classes, head_files[task])
     # Alg. 2, line 1: initialize LoRA weights dW, freeze M (a Backbone is always frozen) and T_n*
     torch.manual_seed(args.seed)  # whatever was built before, dW starts from the seed
-    lora.attach(backbone.vit, args.rank, args.lora_alpha)
-    trained = lora.parameters(backbone.vit)
+    if args.full:
+        trained = dict(backbone.vit.requires_grad_().named_parameters())
+    else:
+        lora.attach(backbone.vit, args.rank, args.lora_alpha)
+        trained = lora.parameters(backbone.vit)
     groups = [{"params": list(trained.values()), "peak": args.lr}]
     M = common.parallel(backbone, ranks.device)
     T = {
@@ -137,13 +141,15 @@ def main() -> None:
         if save:  # the checkpoint last: what is resumed from it is complete
             if ranks.rank == 0:
                 header = dict(step=step + 1, **common.features_of(args))
-                for name in (f"lora_{step + 1:06d}", "lora"):
+                if args.full:
+                    vit.save(backbone, out / "M.safetensors")
+                for name in (f"lora_{step + 1:06d}", "lora") if not args.full else ():
                     lora.save(backbone.vit, out / f"{name}.safetensors", **header)
                 if args.head_lr_ratio > 0:
                     for task, head in task_heads.items():
                         heads.save(head, out / f"{task}.safetensors", task, **header)
             run.save(step + 1)
-    log.say([f"{out / 'lora.safetensors'}: dW* after {args.iters} steps"])
+    log.say([f"{out}: {'M' if args.full else 'dW'}* after {args.iters} steps"])
 
 
 def task_probs(tasks: list[str], probs: list[float] | None) -> list[float]:

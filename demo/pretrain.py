@@ -133,6 +133,7 @@ def main() -> None:
     p.add_argument(
         "--out", type=Path, default=Path("out/pretrain"), help="folder for all that this run writes"
     )
+    p.add_argument("--weights", type=Path, metavar="FILE", help="go on from this model (default: from none)")
     p.add_argument("--pictures", type=int, default=32_000, help="how many different ones there are")
     p.add_argument("--things", type=float, default=0.45, help="part of them that show one thing (words: 0.2)")
     p.add_argument("--bare", type=float, default=0.5, help="part of these called by their name alone")
@@ -154,13 +155,17 @@ def main() -> None:
     if (args.out / "last.pt").exists() and not args.resume:
         raise ValueError(f"--out {args.out} holds a run: pass --resume to go on with it, or another --out")
 
+    if args.weights and not args.weights.is_file():
+        raise FileNotFoundError(f"--weights {args.weights}: no such file")
+
     # --- setup
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
 
     # --- model
     open_clip.add_model_config(Path(__file__).with_name("eva_mini_clip.json"))
-    model, _, preprocess = open_clip.create_model_and_transforms("eva_mini_clip")
+    start_from = str(args.weights) if args.weights else None
+    model, _, preprocess = open_clip.create_model_and_transforms("eva_mini_clip", start_from)
     trunk, loss_of = model.visual.trunk, open_clip.ClipLoss()
     side = trunk.patch_embed.img_size[0]
     normalize = preprocess.transforms[-1]

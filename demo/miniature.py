@@ -1,0 +1,347 @@
+"""The paper's experiment in miniature: what its runs need beside the scripts, and demo/README.md's tables.
+
+    python demo/miniature.py shuffle COCO OUT         # COCO with the annotations of other images
+    python demo/miniature.py twice LORA OUT           # dW at twice its scale: a planted fault
+    python demo/miniature.py graft M OUT              # the demo's CLIP with M as its vision tower
+    python demo/miniature.py report OUT               # demo/README.md and its figures, from all results
+
+runs/miniature.sh calls it. A difference is `after` less `before` of the same seed, on the same test items;
+its interval is Student's over the seeds: it tells how sure the mean over seeds is, for these items.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from scipy.stats import t as student
+
+HERE = Path(__file__).resolve().parent
+CLIP, README, LOG = (HERE / f for f in ("eva_mini_clip.safetensors", "README.md", "eva_mini_clip.jsonl"))
+METRICS = [  # evaluation, metric, what the tables call it; for every set of the evaluation
+    ("ocr", "accuracy", "OCR, words right"),
+    ("ocr", "edit similarity", "OCR, edit similarity"),
+    ("goi", "top-1", "GOI, top-1"),
+    ("goi", "top-5", "GOI, top-5"),
+    ("zeroshot", "acc1", "zero-shot, top-1"),
+    ("retrieval", "TR@1", "image to text, R@1"),
+    ("retrieval", "TR@5", "image to text, R@5"),
+    ("retrieval", "IR@1", "text to image, R@1"),
+    ("retrieval", "IR@5", "text to image, R@5"),
+]
+ROWS = {  # title: rows of runs/miniature.sh; `default` are the runs of the main effect
+    "Table 9, rank r (scale 1)": ["rank4", "default", "rank16", "rank64"],
+    "Table 10, part of the training data": ["data25", "data50", "default"],
+    "Table 11, the heads' learning rate, in LoRA's": ["default", "heads0.1", "heads1"],
+    "Table 12, tasks": [
+        "default",
+        "with_pose",
+        "panoptic",
+        "no_detection",
+        "no_segmentation",
+        "no_captioning",
+    ],
+    "Controls": ["default", "random_heads", "shuffled_labels", "more_clip", "full"],
+}
+SHORT = [  # columns of these tables
+    ("goi", "val", "top-1"),
+    ("zeroshot", "plain", "acc1"),
+    ("zeroshot", "shifted", "acc1"),
+    ("retrieval", "coco", "TR@5"),
+    ("retrieval", "coco", "IR@5"),
+]
+HEADINGS = ["GOI top-1", "zero-shot top-1", "the same, shifted", "image to text R@5", "text to image R@5"]
+
+
+# --- what the runs need
+
+
+def shuffle(coco: Path, out: Path) -> None:
+    """OUT: COCO's training split, each image with another's annotations, scaled to its size."""
+    (out / "annotations").mkdir(parents=True)
+    (out / "train2017").symlink_to(os.path.relpath(coco / "train2017", out))
+    for kind in ("instances", "captions"):
+        content = json.loads((coco / "annotations" / f"{kind}_train2017.json").read_text())
+        ids = [image["id"] for image in content["images"]]
+        of = dict(zip(ids, np.random.default_rng(0).permutation(ids).tolist(), strict=True))
+        sizes = {i["id"]: np.array([i["width"], i["height"]]) for i in content["images"]}
+        for a in content["annotations"]:
+            had, a["image_id"] = a["image_id"], of[a["image_id"]]
+            scale = sizes[a["image_id"]] / sizes[had]
+            if "bbox" in a:
+                a["bbox"] = (np.array(a["bbox"]) * np.tile(scale, 2)).tolist()
+                a["segmentation"] = [
+                    (np.reshape(s, (-1, 2)) * scale).ravel().tolist() for s in a["segmentation"]
+                ]
+                a["area"] *= float(scale.prod())
+        (out / "annotations" / f"{kind}_train2017.json").write_text(json.dumps(content))
+
+
+def twice(lora: Path, out: Path) -> None:
+    """The same A and B under twice the alpha."""
+    with safe_open(lora, "pt") as file:
+        header = json.loads(file.metadata()["lora"])
+    header["alpha"] *= 2
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_file(load_file(lora), out, metadata={"lora": json.dumps(header)})
+
+
+def graft(M: Path, out: Path) -> None:
+    """The demo's CLIP, its vision trunk replaced by M."""
+    state, trunk = load_file(CLIP), load_file(M)
+    state |= {
+        f"visual.trunk.{name}": value.to(state[f"visual.trunk.{name}"].dtype) for name, value in trunk.items()
+    }
+    save_file(state, out)
+
+
+# --- results
+
+
+def scores(folder: Path) -> dict[tuple, dict]:
+    """(evaluation, set, metric) -> {before, after} of one seed; `shifted`: the mean over shifted classes."""
+    found = {}
+    for path in sorted(folder.glob("*/result.json")):
+        for r in json.loads(path.read_text())["rows"]:
+            found[path.parent.name, r["set"], r["metric"]] = {v: r[v] for v in ("before", "after")}
+    others = [v for (e, s, m), v in found.items() if (e, m) == ("zeroshot", "acc1") and s != "plain"]
+    for variant in ("before", "after") if others else ():
+        mean = statistics.mean(o[variant] for o in others) if others[0][variant] is not None else None
+        found.setdefault(("zeroshot", "shifted", "acc1"), {})[variant] = mean
+    return found
+
+
+def differences(main: list[dict], runs: list[dict], key: tuple, side: str = "after") -> list[float]:
+    """What each seed's run adds to M without dW, which the same seed of the main effect has scored."""
+    return [run[key][side] - base[key]["before"] for base, run in zip(main, runs, strict=False) if key in run]
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean of n values and half of its 95% interval (Student's t, n - 1 degrees of freedom)."""
+    if len(values) < 2:
+        return statistics.mean(values), float("nan")
+    half = student.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return statistics.mean(values), float(half)
+
+
+def told(values: list[float]) -> str:
+    mean, half = interval(values)
+    mark = "**" if abs(mean) > half else ""  # the interval leaves 0 out
+    return f"{mark}{mean:+.1f}{mark} ± {half:.1f}"
+
+
+def table(columns: list[str], lines: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(cells) + " |" for cells in (columns, ["---"] * len(columns), *lines)] + [""]
+
+
+def seeds_of(folder: Path) -> list[dict]:
+    """The scores of each seed's folder, in the seeds' order; only of those that are complete."""
+    found = [scores(path) for path in sorted(folder.glob("seed*"), key=lambda p: int(p.name[4:]))]
+    return [s for s in found if ("retrieval", "coco", "IR@5") in s]
+
+
+# --- the blocks of demo/README.md
+
+
+def log_block() -> list[str]:
+    lines = [json.loads(line) for line in LOG.read_text().splitlines()]
+    shown = [line for k, line in enumerate(lines) if (k + 1) % 5 == 0 or k + 1 == len(lines)]
+    rows = [[str(r["step"]), f"{r['loss']:.2f}", f"{100 * r['zero_shot']:.1f}"] for r in shown]
+    return table(["step", "loss", "zero-shot, % of 210"], rows)
+
+
+def knows_block(main: list[dict]) -> list[str]:
+    first, lines = main[0], []
+    for name in ("plain", "sketch", "rotated", "noisy"):
+        top = [f"{first['zeroshot', name, metric]['before']:.1f}" for metric in ("acc1", "acc5")]
+        lines.append([f"classes, {name}", *top, "-"])
+    for title, way in (("image to text", "TR"), ("text to image", "IR")):
+        lines.append(
+            [title, *(f"{first['retrieval', 'coco', f'{way}@{k}']['before']:.1f}" for k in (1, 5, 10))]
+        )
+    return table(["", "top-1 or R@1", "top-5 or R@5", "R@10"], lines)
+
+
+def main_block(main: list[dict], side: list[dict] | None = None) -> list[str]:
+    """The main effect; side: what the same dW gives under a planted fault."""
+    lines = []
+    for evaluation, metric, title in METRICS:
+        for key in (k for k in main[0] if k[0] == evaluation and k[2] == metric and k[1] != "shifted"):
+            before, after = ([s[key][v] for s in main] for v in ("before", "after"))
+            named = "" if evaluation in ("goi", "retrieval") else f", {key[1]}"
+            line = [title + named, f"{statistics.mean(before):.1f}", f"{statistics.mean(after):.1f}"]
+            line.append(told(differences(main, main, key)))
+            if side is not None:
+                line.append(told(differences(main, side, key)) if key in side[0] else "-")
+            lines.append(line)
+    fault = [] if side is None else ["difference with the fault"]
+    return table(["", "before", "after", "difference, 95%", *fault], lines)
+
+
+def rows_block(out: Path, main: list[dict]) -> list[str]:
+    lines = []
+    for title, names in ROWS.items():
+        lines.append([f"*{title}*"] + [""] * (1 + len(SHORT)))
+        for name in names:
+            runs = main if name == "default" else seeds_of(out / "rows" / name)
+            if runs:
+                cells = [told(differences(main, runs, key)) for key in SHORT]
+                lines.append([name.replace("_", " "), str(len(runs)), *cells])
+    return table(["", "seeds", *HEADINGS], lines)
+
+
+def against_default(out: Path, main: list[dict]) -> list[str]:
+    """Sentences: where a row differs from the default by more than its interval over the seeds."""
+    lines = []
+    for name in dict.fromkeys(n for names in ROWS.values() for n in names if n != "default"):
+        runs, found = seeds_of(out / "rows" / name), []
+        for key, heading in zip(SHORT, HEADINGS, strict=True) if len(runs) > 1 else ():
+            pairs = zip(differences(main, runs, key), differences(main, main, key), strict=False)
+            mean, half = interval([a - b for a, b in pairs])
+            if abs(mean) > half:
+                found.append(f"{heading} {mean:+.1f} ± {half:.1f}")
+        if runs:
+            lines.append(
+                f"- {name.replace('_', ' ')}: {'; '.join(found) or 'no difference that its seeds can tell'}"
+            )
+    return [*lines, ""]
+
+
+def verdict(main: list[dict]) -> list[str]:
+    """Which way each metric of the main effect went, by its interval."""
+    groups = {"raises": [], "lowers": [], "leaves undecided": []}
+    for evaluation, metric, title in METRICS:
+        for key in (k for k in main[0] if k[0] == evaluation and k[2] == metric and k[1] != "shifted"):
+            mean, half = interval(differences(main, main, key))
+            way = "leaves undecided" if abs(mean) <= half else "raises" if mean > 0 else "lowers"
+            groups[way].append(title + ("" if evaluation in ("goi", "retrieval") else f" ({key[1]})"))
+    return [f"- Stage 2 {way}: {'; '.join(names) or 'nothing'}." for way, names in groups.items()] + [""]
+
+
+def choice_block(out: Path) -> list[str]:
+    """Settings of stage 2 on the validation world, seed 0; the best by the mean of the three."""
+    lines = []
+    for folder in sorted((out / "choose").glob("*/retrieval")):
+        found = scores(folder.parent)
+        keys = [("zeroshot", "plain", "acc1"), ("retrieval", "coco", "TR@1"), ("retrieval", "coco", "IR@1")]
+        values = [next(v for v in found[key].values() if v is not None) for key in keys]
+        lines.append((statistics.mean(values), folder.parent.name.replace("_", " "), values))
+    best = max(lines)[0] if lines else None
+    rows = [
+        [name + (" (best)" if mean == best else ""), *(f"{v:.1f}" for v in values), f"{mean:.1f}"]
+        for mean, name, values in lines
+    ]
+    return table(["", "zero-shot top-1", "image to text R@1", "text to image R@1", "mean"], rows)
+
+
+def times_block(path: Path) -> list[str]:
+    """Minutes of each part, over all starts."""
+    seconds = {}
+    for line in path.read_text().splitlines():
+        part, spent = line.split("\t")
+        seconds[part] = seconds.get(part, 0) + int(spent)
+    seconds["all"] = sum(seconds.values())
+    return table(["part", "minutes"], [[part, f"{spent / 60:.1f}"] for part, spent in seconds.items()])
+
+
+def curves(out: Path, main: list[dict], path: Path) -> None:
+    """Gain against steps of stage 2 and against alpha, mean and interval over seeds."""
+    steps = {int(p.name): seeds_of(p) for p in (out / "steps").glob("[0-9]*")}
+    settings = json.loads((out / "settings.json").read_text())
+    steps[settings["iters"]] = main
+    alphas = {int(p.name[5:]): seeds_of(p) for p in (out / "rows").glob("alpha*")}
+    alphas[settings["alpha"]] = main
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
+    for axis, points, label in zip(axes, (steps, alphas), ("steps of stage 2", "LoRA's alpha"), strict=True):
+        at = sorted(x for x, runs in points.items() if runs)
+        for key, heading in zip(SHORT, HEADINGS, strict=True):
+            gains = [interval(differences(main, points[x], key)) for x in at]
+            axis.errorbar(
+                range(len(at)), *zip(*gains, strict=True), label=heading, capsize=2, marker="o", ms=3
+            )
+        axis.set_xticks(range(len(at)), map(str, at))
+        axis.axhline(0, color="gray", lw=0.8)
+        axis.set_xlabel(label)
+    axes[0].set_ylabel("after - before, points")
+    axes[1].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def forest(main: list[dict], path: Path) -> None:
+    """The main effect: a dot for each seed, mean and interval."""
+    keys = [(k, t) for e, m, t in METRICS for k in main[0] if k[0] == e and k[2] == m and k[1] != "shifted"]
+    figure, axis = plt.subplots(figsize=(7.5, 0.26 * len(keys) + 0.8))
+    for y, (key, _) in enumerate(reversed(keys)):
+        values = differences(main, main, key)
+        mean, half = interval(values)
+        axis.plot(values, [y] * len(values), ".", color="silver")
+        axis.errorbar(mean, y, xerr=half, color="black", marker="o", ms=4, capsize=2)
+    names = [t + ("" if k[0] in ("goi", "retrieval") else f", {k[1]}") for k, t in reversed(keys)]
+    axis.set_yticks(range(len(keys)), names, fontsize=8)
+    axis.axvline(0, color="gray", lw=0.8)
+    axis.set_xlabel("after - before, points")
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def report(out: Path, readme: Path) -> None:
+    """Fill the blocks of demo/README.md between their marks, and draw its figures beside it."""
+    main = seeds_of(out / "demo")
+    if not main:
+        raise ValueError(f"{out}/demo holds no results: runs/miniature.sh makes them")
+    fault = seeds_of(out / "fault")
+    blocks = {
+        "log": log_block(),
+        "knows": knows_block(main),
+        "choice": choice_block(out),
+        "main": main_block(main, fault or None),
+        "verdict": verdict(main),
+        "rows": rows_block(out, main),
+        "against": against_default(out, main),
+        "settings": [f"`{json.loads((out / 'settings.json').read_text())['stage2']}`", ""],
+        "times": times_block(out / "seconds.tsv"),
+    }
+    text = readme.read_text()
+    for name, lines in blocks.items():
+        before, mark, rest = text.partition(f"<!-- {name} -->\n")
+        _, end, after = rest.partition("<!-- end -->")
+        if not (mark and end):
+            raise ValueError(f"{readme} has no block <!-- {name} --> ... <!-- end -->")
+        text = before + mark + "\n".join(["", *lines]) + end + after
+    part = readme.with_suffix(".tmp")
+    part.write_text(text)
+    part.replace(readme)
+    forest(main, readme.with_name("main.png"))
+    curves(out, main, readme.with_name("curves.png"))
+    print(f"{readme}: {len(main)} seeds")
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("what", choices=["shuffle", "twice", "graft", "report"])
+    p.add_argument("paths", nargs="+", type=Path)
+    args = p.parse_args()
+    try:
+        if args.what == "report":
+            report(args.paths[0], args.paths[1] if len(args.paths) > 1 else README)
+        else:
+            {"shuffle": shuffle, "twice": twice, "graft": graft}[args.what](*args.paths)
+    except (ValueError, OSError) as error:
+        print(f"miniature.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+#!/usr/bin/env bash
+# The paper's experiment in miniature, on the demo's world: the main effect with error bars, Tables 9-12, and controls
+# that the paper lacks. Fills demo/README.md with what it measures.
+#
+#     runs/miniature.sh [OUT]              # OUT is out/miniature
+#     PARTS="main fault" runs/miniature.sh # the main effect alone; PARTS: main fault steps rows choose
+#
+# What is done is not repeated: after an interruption the same command goes on where it stopped.
+set -euo pipefail
+OUT=${1:-${OUT:-out/miniature}} SEEDS=${SEEDS:-5} ROW_SEEDS=${ROW_SEEDS:-3} PARTS=" ${PARTS:-main fault steps rows choose} "
+MINIATURE=$OUT
+echo "== On two cores the main effect takes about MAIN minutes, all parts ALL; $SEEDS seeds, rows and controls $ROW_SEEDS"
+STARTED=$SECONDS
+source "$(dirname "$0")/demo.sh" "$MINIATURE/demo" # the main effect: the demo, with more seeds; and its settings
+MAIN=$OUT OUT=$MINIATURE
+printf '%s\t%s\n' main $((SECONDS - STARTED)) >> "$OUT/seconds.tsv"
+set -m # each run in the background is a process group of its own, which can be stopped whole
+stopped() {
+    for job in $(jobs -p); do kill -- "-$job" 2> /dev/null || true; done
+    echo "miniature.sh: stopped; the same command goes on from here" >&2
+}
+trap '[ $? = 0 ] || stopped' EXIT
+printf '{"iters": %s, "alpha": %s, "stage2": "%s"}\n' "$ITERS" "$ALPHA" "${STAGE2[*]/#$WORLD*/COCO}" \
+    > "$OUT/settings.json"
+rm -f "$OUT/failed"
+export OMP_NUM_THREADS=1 # from here on two runs at a time, a core each
+
+lane() { # lane FUNCTION ARGUMENTS...: in the background, as soon as a core is free
+    while (($(jobs -rp | wc -l) >= 2)); do wait -n || true; done
+    [ ! -e "$OUT/failed" ] || exit 1
+    "$@" &
+}
+
+all_done() {
+    wait
+    [ ! -e "$OUT/failed" ] || exit 1
+}
+
+part() { # part NAME: whether it is wanted; says so
+    [[ $PARTS == *" $1 "* ]] || return 1
+    echo "== $1"
+    STARTED=$SECONDS
+}
+
+ended() { # ended NAME: all of it is done
+    all_done
+    printf '%s\t%s\n' "$1" $((SECONDS - STARTED)) >> "$OUT/seconds.tsv"
+}
+
+once() { # once FILE COMMAND...: run COMMAND, which makes FILE last of all, unless it did so before
+    local file=$1 folder
+    shift
+    [ ! -e "$file" ] || return 0
+    folder=$(dirname "$file")
+    mkdir -p "$folder"
+    "$@" >> "$folder/log.txt" 2>&1 || { echo "failed: $*: see $folder/log.txt" >&2; touch "$OUT/failed"; exit 1; }
+    echo "   $(date +%H:%M:%S) $file"
+}
+
+score() { # score FOLDER SEED WORLD LORA [M CLIP]: what the tables of rows show, of M with dW, or of another M
+    local folder=$1 world=$3 sets=() set both=(--lora "$4" --seed "$2" --workers 0)
+    local m=("${M[@]}" "${both[@]}" ${5:+--weights "$5"}) clip=("${CLIP[@]}" "${both[@]}" ${6:+--clip-weights "$6"})
+    for set in plain sketch rotated noisy; do sets+=(--set "$set=$world/shapes/$set"); done
+    once "$folder/goi/result.json" python eval_goi.py "${m[@]}" --train "$world/goi/train.jsonl" \
+        --val "$world/goi/val.jsonl" --size 112 --out "$folder/goi"
+    once "$folder/zeroshot/result.json" python eval_zeroshot.py classification "${clip[@]}" "${sets[@]}" \
+        --out "$folder/zeroshot"
+    once "$folder/retrieval/result.json" python eval_zeroshot.py retrieval "${clip[@]}" \
+        --captions "$world/coco/dataset_coco.json" --images "$world/coco" --out "$folder/retrieval"
+}
+
+row() { # row NAME SEED OPTIONS...: stage 2 with OPTIONS after the demo's own, then its scores
+    local name=$1 seed=$2 run=$OUT/rows/$1/seed$2
+    shift 2
+    once "$run/visft/lora.safetensors" python stage2_lora.py --tasks "${TASKS[@]}" --heads "$MAIN" "${STAGE2[@]}" \
+        --workers 0 --seed "$seed" "$@" --out "$run/visft"
+    score "$run" "$seed" "$WORLD" "$run/visft/lora.safetensors"
+}
+
+rows() { # rows NAME OPTIONS...: with every seed
+    for ((seed = 0; seed < ROW_SEEDS; seed++)); do lane row "$1" "$seed" "${@:2}"; done
+}
+
+full() { # full SEED: all of M is tuned, at a tenth of LoRA's rate
+    local run=$OUT/rows/full/seed$1
+    once "$run/visft/M.safetensors" python stage2_lora.py --tasks "${TASKS[@]}" --heads "$MAIN" "${STAGE2[@]}" \
+        --workers 0 --seed "$1" --full --lr 1e-4 --out "$run/visft"
+    once "$run/clip.safetensors" python demo/miniature.py graft "$run/visft/M.safetensors" "$run/clip.safetensors"
+    score "$run" "$1" "$WORLD" none "$run/visft/M.safetensors" "$run/clip.safetensors"
+}
+
+more_clip() { # more_clip SEED: as many steps of contrastive pretraining as stage 2 has, from the same M
+    local run=$OUT/rows/more_clip/seed$1
+    once "$run/clip/eva_mini_clip.safetensors" python demo/pretrain.py --weights demo/eva_mini_clip.safetensors \
+        --steps "$ITERS" --decay "$((ITERS / 2))" --lr 1e-4 --patch-dropout 0 --pictures 8000 --seed "$((100 + $1))" \
+        --out "$run/clip"
+    score "$run" "$1" "$WORLD" none "$run/clip/eva_mini_clip.safetensors" "$run/clip/eva_mini_clip.safetensors"
+}
+
+# The same dW at twice its scale, in evaluation only
+if part fault; then
+    for ((seed = 0; seed < ROW_SEEDS; seed++)); do
+        twice=$OUT/fault/seed$seed/lora.safetensors
+        once "$twice" python demo/miniature.py twice "$MAIN/seed$seed/visft/lora.safetensors" "$twice"
+        lane score "$OUT/fault/seed$seed" "$seed" "$WORLD" "$twice"
+    done
+    ended fault
+fi
+
+# The paper's checkpoints: gain against steps
+if part steps; then
+    for ((step = 50; step < ITERS; step += 50)); do
+        for ((seed = 0; seed < ROW_SEEDS; seed++)); do
+            lane score "$OUT/steps/$step/seed$seed" "$seed" "$WORLD" \
+                "$MAIN/seed$seed/visft/lora_$(printf %06d "$step").safetensors"
+        done
+    done
+    ended steps
+fi
+
+if part rows; then
+    # More heads of stage 1, and heads that are none: one step at no rate
+    head() { # head FOLDER TASK OPTIONS...
+        once "$1/$2.safetensors" python stage1_heads.py --task "$2" "${TRAIN[@]}" --workers 0 "${@:3}" --out "$1"
+    }
+    lane head "$OUT/pose" pose --iters 200 --batch 16 --lr 1e-3
+    lane head "$OUT/panoptic" panoptic "${SEGMENTATION[@]}"
+    for task in "${TASKS[@]}"; do
+        lane head "$OUT/random/$task" "$task" --iters 1 --warmup 0 --lr 1e-12 --batch 2
+    done
+    lane once "$OUT/shuffled/annotations/captions_train2017.json" python demo/miniature.py shuffle "$WORLD/coco" \
+        "$OUT/shuffled"
+    all_done
+    scaled() { echo --rank "$1" --lora-alpha "$1"; } # the same scale, 1
+    rows rank4 $(scaled 4) # Table 9
+    rows rank16 $(scaled 16)
+    rows rank64 $(scaled 64)
+    rows data25 --data-fraction 0.25 # Table 10
+    rows data50 --data-fraction 0.5
+    rows heads0.1 --head-lr-ratio 0.1 # Table 11
+    rows heads1 --head-lr-ratio 1
+    rows with_pose --tasks "${TASKS[@]}" pose --heads "$MAIN" "$OUT" # Table 12
+    rows panoptic --tasks detection panoptic captioning --heads "$MAIN" "$OUT" --batch detection=2 panoptic=1 captioning=8
+    rows no_detection --tasks segmentation captioning --batch segmentation=1 captioning=8
+    rows no_segmentation --tasks detection captioning --batch detection=2 captioning=8
+    rows no_captioning --tasks detection segmentation --batch detection=2 segmentation=1
+    rows random_heads --heads "$OUT/random" # controls
+    rows shuffled_labels --coco "$OUT/shuffled"
+    for ((seed = 0; seed < ROW_SEEDS; seed++)); do lane full "$seed"; lane more_clip "$seed"; done
+    rows alpha2 --lora-alpha 2 # curves
+    rows alpha32 --lora-alpha 32
+    ended rows
+fi
+
+# Settings of stage 2, on a world that nothing else sees
+if part choose; then
+    once "$OUT/validation/goi/val.jsonl" bash -c "rm -rf '$OUT/validation' && python demo/world.py '$OUT/validation' \
+        --seed 1000 --train 100 --words 64"
+    choose() { # choose NAME OPTIONS...
+        local run=$OUT/choose/$1
+        once "$run/visft/lora.safetensors" python stage2_lora.py --tasks "${TASKS[@]}" --heads "$MAIN" "${STAGE2[@]}" \
+            --workers 0 "${@:2}" --out "$run/visft"
+        score "$run" 0 "$OUT/validation" "$run/visft/lora.safetensors"
+    }
+    lane choose lr_3e-4 --lr 3e-4
+    lane choose lr_1e-3 --lr 1e-3
+    lane choose lr_3e-3 --lr 3e-3
+    lane choose alpha_2 --lora-alpha 2
+    lane choose alpha_32 --lora-alpha 32
+    ended choose
+fi
+echo "== demo/README.md"
+python demo/miniature.py report "$OUT"

@@ -1,0 +1,146 @@
+"""The miniature's tables: differences and intervals by hand, what its runs need, the page it fills."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pycocotools.coco import COCO
+from safetensors.torch import load_file
+from scipy import stats
+
+import backbone as vit
+import lora
+from demo import miniature, world
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def result(path: Path, rows: dict[tuple[str, str], tuple]) -> None:
+    """rows: (set, metric) -> (before, after)"""
+    path.mkdir(parents=True)
+    lines = [dict(set=s, metric=m, before=b, after=a) for (s, m), (b, a) in rows.items()]
+    (path / "result.json").write_text(json.dumps({"rows": lines}))
+
+
+def results(folder: Path, gains: list[float], compared: bool = True) -> None:
+    """A folder of seeds whose every score goes from 40 to 40 and the gain."""
+    for seed, gain in enumerate(gains):
+        scored = (40.0 + seed if compared else None, 40.0 + seed + gain)
+        run = folder / f"seed{seed}"
+        result(run / "goi", {("val", "top-1"): scored, ("val", "top-5"): scored})
+        classes = [(name, metric) for name in world.VARIANTS for metric in ("acc1", "acc5")]
+        result(run / "zeroshot", dict.fromkeys(classes, scored))
+        recall = [("coco", f"{way}@{k}") for way in ("TR", "IR") for k in (1, 5, 10)]
+        result(run / "retrieval", dict.fromkeys(recall, scored))
+
+
+def test_the_interval_is_students():
+    values = [1.0, 2.0, 4.0, 0.5, 1.5]
+    mean, half = miniature.interval(values)
+    low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert (mean - half, mean + half) == pytest.approx((low, high))
+    assert miniature.told(values).startswith("**+1.8**")
+    assert miniature.told([1.0, -1.0, 0.5]).startswith("+0.2 ±")  # the interval has 0 in it
+
+
+def test_a_row_is_compared_with_the_same_seeds_before(tmp_path):
+    """Rows score `after` alone: M without dW is taken from the main effect's run of that seed."""
+    results(tmp_path / "demo", [2.0, 3.0, 4.0])
+    results(tmp_path / "rows" / "rank4", [1.0, 5.0], compared=False)
+    main, rank4 = miniature.seeds_of(tmp_path / "demo"), miniature.seeds_of(tmp_path / "rows" / "rank4")
+    assert miniature.differences(main, rank4, ("goi", "val", "top-1")) == [1.0, 5.0]
+    assert miniature.differences(main, main, ("zeroshot", "shifted", "acc1")) == [2.0, 3.0, 4.0]
+    line = next(line for line in miniature.rows_block(tmp_path, main) if line.startswith("| rank4 |"))
+    assert line.split(" | ")[1:3] == ["2", "+3.0 ± 25.4"]  # 12.706 * sqrt(8) / sqrt(2)
+
+
+def test_seeds_that_are_not_complete_are_left_out(tmp_path):
+    results(tmp_path, [1.0, 2.0])
+    (tmp_path / "seed1" / "retrieval" / "result.json").unlink()
+    assert len(miniature.seeds_of(tmp_path)) == 1
+
+
+def test_the_page_is_filled_and_filled_again(tmp_path):
+    out, page = tmp_path / "out", tmp_path / "README.md"
+    results(out / "demo", [2.0, 3.0, 4.0])
+    results(out / "fault", [-9.0, -8.0, -10.0])
+    for name, gains in (("rank4", [1.0, 1.5, 2.0]), ("alpha2", [0.0, 0.1, 0.2])):
+        results(out / "rows" / name, gains, compared=False)
+    results(out / "steps" / "50", [0.5, 0.5, 0.7], compared=False)
+    result(out / "choose" / "lr_1e-3" / "zeroshot", {("plain", "acc1"): (None, 50.0)})
+    result(out / "choose" / "lr_1e-3" / "retrieval", {("coco", m): (None, 20.0) for m in ("TR@1", "IR@1")})
+    (out / "settings.json").write_text(json.dumps({"iters": 150, "alpha": 8, "stage2": "--iters 150"}))
+    (out / "seconds.tsv").write_text("main\t60\nrows\t90\nrows\t30\n")
+    page.write_text((ROOT / "demo" / "README.md").read_text())
+    miniature.report(out, page)
+    text = page.read_text()
+    for line in (
+        "| zero-shot, top-1, plain | 41.0 | 44.0 | **+3.0** ± 2.5 | **-9.0** ± 2.5 |",
+        "| lr 1e-3 (best) | 50.0 | 20.0 | 20.0 | 30.0 |",
+        "| rows | 2.0 |",
+        "- rank4: GOI top-1 -1.5 ± 1.2; zero-shot top-1 -1.5 ± 1.2; the same, shifted -1.5 ± 1.2; "
+        "image to text R@5 -1.5 ± 1.2; text to image R@5 -1.5 ± 1.2",
+    ):
+        assert line in text
+    assert "- Stage 2 raises: GOI, top-1; GOI, top-5; zero-shot, top-1 (plain)" in text
+    assert (tmp_path / "main.png").stat().st_size > 5000 and (tmp_path / "curves.png").stat().st_size > 5000
+    miniature.report(out, page)
+    assert page.read_text() == text
+
+
+def test_shuffled_labels_are_other_images_and_fit_theirs(tmp_path):
+    coco = tmp_path / "coco"
+    world.write(coco, "train2017", 20, 96, 5)
+    miniature.shuffle(coco, tmp_path / "shuffled")
+    true = COCO(coco / "annotations" / "instances_train2017.json")
+    false = COCO(tmp_path / "shuffled" / "annotations" / "instances_train2017.json")
+    assert (tmp_path / "shuffled" / "train2017" / "000000000001.jpg").is_file()
+    moved = 0
+    for annotation in false.anns.values():
+        image = false.imgs[annotation["image_id"]]
+        x, y, w, h = annotation["bbox"]
+        assert x >= 0 and y >= 0 and x + w <= image["width"] + 0.01 and y + h <= image["height"] + 0.01
+        size = np.array([image["width"], image["height"]])
+        had = true.imgs[true.anns[annotation["id"]]["image_id"]]
+        before = np.array(true.anns[annotation["id"]]["bbox"]) / np.tile([had["width"], had["height"]], 2)
+        np.testing.assert_allclose(np.array(annotation["bbox"]) / np.tile(size, 2), before)
+        mask = false.annToMask(annotation)
+        assert abs(mask.sum() - annotation["area"]) <= 0.25 * annotation["area"] + 8
+        moved += had["id"] != image["id"]
+    assert moved > 0.8 * len(false.anns)
+
+
+def test_twice_is_twice_the_update(tmp_path):
+    backbone = vit.load("eva_mini.px112", "random")
+    lora.attach(backbone.vit, 4, 8.0)
+    for p in lora.parameters(backbone.vit).values():
+        torch.nn.init.normal_(p)
+    once = {name: layer.delta() for name, layer in lora.layers(backbone.vit).items()}
+    lora.save(backbone.vit, tmp_path / "lora.safetensors", backbone="eva_mini.px112")
+    miniature.twice(tmp_path / "lora.safetensors", tmp_path / "new" / "twice.safetensors")
+    other = vit.load("eva_mini.px112", "random")
+    lora.load(other.vit, tmp_path / "new" / "twice.safetensors")
+    for name, layer in lora.layers(other.vit).items():
+        torch.testing.assert_close(layer.delta(), 2 * once[name])
+
+
+def test_graft_changes_the_tower_and_nothing_else(tmp_path):
+    backbone = vit.load("eva_mini.px112", "random", seed=3)
+    vit.save(backbone, tmp_path / "M.safetensors")
+    miniature.graft(tmp_path / "M.safetensors", tmp_path / "clip.safetensors")
+    again = vit.load("eva_mini.px112", tmp_path / "clip.safetensors")
+    for name, value in backbone.vit.state_dict().items():
+        torch.testing.assert_close(again.vit.state_dict()[name], value, atol=1e-3, rtol=1e-3)  # fp16
+    had, has = load_file(miniature.CLIP), load_file(tmp_path / "clip.safetensors")
+    assert had.keys() == has.keys()
+    assert all(torch.equal(had[k], has[k]) for k in had if not k.startswith("visual.trunk."))
+
+
+def test_errors_are_one_line(tmp_path):
+    command = [sys.executable, ROOT / "demo" / "miniature.py", "report", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "holds no results" in done.stderr and "Traceback" not in done.stderr
