@@ -17,7 +17,6 @@ demo: setup  # SEEDS=5 for standard errors, OUT=FOLDER for another place
 	PATH="$(CURDIR)/.venv/bin:$$PATH" SEEDS="$(SEEDS)" bash runs/demo.sh $(OUT)
 
 demo-pretrain: setup
-	.venv/bin/python demo/pretrain.py --out out/pretrain --resume --steps 1300 --decay 1
-	.venv/bin/python demo/pretrain.py --out out/pretrain --resume --steps 2600 --decay 500 --patch-dropout 0.25 \
-	    --pictures 16000 --things 0.5 --bare 0.6
+	.venv/bin/python demo/pretrain.py --out out/pretrain --resume
 	cp out/pretrain/eva_mini_clip.safetensors demo/
+	cp out/pretrain/log.jsonl demo/eva_mini_clip.jsonl

@@ -59,7 +59,7 @@ def sample(index: int, seed: int, things: float, bare: float) -> tuple[np.ndarra
     rng = np.random.default_rng((seed, 1, index))
     kind = str(rng.choice(["scene", "thing", "word"], p=[0.8 - things, things, 0.2]))
     if kind == "word":
-        picture, text = world.word_picture(rng, "plain")
+        picture, text = world.word_picture(rng, "plain", longest=6)
         texts = [f"{rng.choice(['', 'the word '])}{text}" for _ in range(SENTENCES)]
     elif kind == "thing":
         picture, thing = world.shape_picture((seed, 2, index), "plain")
@@ -137,15 +137,24 @@ def main() -> None:
     p.add_argument("--pictures", type=int, default=32_000, help="how many different ones there are")
     p.add_argument("--things", type=float, default=0.45, help="part of them that show one thing (words: 0.2)")
     p.add_argument("--bare", type=float, default=0.5, help="part of these called by their name alone")
-    p.add_argument("--steps", type=int, default=4500)
+    p.add_argument("--steps", type=int, default=2800)
     p.add_argument(
-        "--decay", type=int, default=700, help="of these steps: learning rate to 0, all patches seen"
+        "--decay", type=int, default=500, help="of these steps: learning rate to 0, all patches seen"
     )
     p.add_argument("--batch", type=int, default=128)
     p.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
-    p.add_argument("--patch-dropout", type=float, default=0.5, help="part of the patches dropped before")
     p.add_argument(
-        "--save-every", type=int, default=50, help="steps between checkpoints and lines of log.jsonl"
+        "--patch-dropout",
+        type=float,
+        nargs="+",
+        default=[0.5, 0.25],
+        help="part of the patches dropped before",
+    )
+    p.add_argument(
+        "--coarse", type=int, default=1000, help="steps with the first --patch-dropout, then the last"
+    )
+    p.add_argument(
+        "--save-every", type=int, default=100, help="steps between checkpoints and lines of log.jsonl"
     )
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--resume", action="store_true", help="go on with the run in --out")
@@ -196,7 +205,7 @@ def main() -> None:
         rows = np.sort(order[i * args.batch : (i + 1) * args.batch])
         images = crop(pictures[rows], rng, side, normalize)  # (B, 3, side, side)
         texts = tokens[rows, rng.integers(0, SENTENCES, args.batch)].long()  # (B, CONTEXT)
-        drop = args.patch_dropout if step < args.steps - args.decay else 0.0
+        drop = args.patch_dropout[0 if step < args.coarse else -1] if step < args.steps - args.decay else 0.0
         trunk.patch_drop = PatchDropoutWithIndices(drop, num_prefix_tokens=1) if drop else None
         for group in optimizer.param_groups:
             group["lr"] = rate(step, args.lr, 50, args.decay, args.steps)

@@ -47,7 +47,7 @@ ITERS=150 ALPHA=8
 STAGE2=("${TRAIN[@]}" --iters "$ITERS" --batch detection=2 segmentation=1 captioning=8 --rank 8
     --lora-alpha "$ALPHA" --lr 1e-3)
 
-step "The world: scenes, words, classes, boxes" "$WORLD" python demo/world.py "$WORLD"
+step "The world: scenes, words, classes, boxes" "$WORLD" python demo/world.py "$WORLD" --train 800 --words 8000
 
 stage1() { # stage1 TASK OPTIONS...
     local task=$1
@@ -76,7 +76,7 @@ for ((seed = 0; seed < SEEDS; seed++)); do
     # Algorithm 3: each with M and with M and dW; a new evaluation is a new step whose folder's name is its row's
     step "Algorithm 3: OCR (Table 3), seed $seed" "$RUN/ocr/result.json" \
         python eval_ocr.py "${M[@]}" "${BOTH[@]}" --train "$WORLD/words/train" --test "$WORLD/words/test" \
-        --size 56 112 --width 128 --iters 200 --batch 32 --lr 1e-3 --warmup 20 "${RESUME[@]}" \
+        --size 56 112 --charset 36 --width 128 --iters 900 --batch 32 --lr 5e-4 --warmup 50 "${RESUME[@]}" \
         --out "$RUN/ocr"
     step "Algorithm 3: grounded object identification (Table 4), seed $seed" "$RUN/goi/result.json" \
         python eval_goi.py "${M[@]}" "${BOTH[@]}" --train "$WORLD/goi/train.jsonl" --val "$WORLD/goi/val.jsonl" \
