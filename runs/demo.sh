@@ -41,13 +41,13 @@ TASKS=(detection segmentation captioning)
 SCALE=(--image-scale 0.25) # long sides: detection 168 px, segmentation 252, captioning 70
 RESUME=(--resume --save-every 50)
 TRAIN=("${M[@]}" --coco "$WORLD/coco" "${SCALE[@]}" --warmup 20 --log-every 10 --workers 1 "${RESUME[@]}")
-SEGMENTATION=(--iters 100 --batch 2 --lr 5e-4)
+SEGMENTATION=(--iters 260 --batch 2 --lr 5e-4)
 # What stage 2 needs; chosen on another world, see demo/README.md
 ITERS=150 ALPHA=8
 STAGE2=("${TRAIN[@]}" --iters "$ITERS" --batch detection=2 segmentation=1 captioning=8 --rank 8
     --lora-alpha "$ALPHA" --lr 1e-3)
 
-step "The world: scenes, words, classes, boxes" "$WORLD" python demo/world.py "$WORLD" --train 800 --words 8000
+step "The world: scenes, words, classes, boxes" "$WORLD" python demo/world.py "$WORLD" --train 800 --words 24000
 
 stage1() { # stage1 TASK OPTIONS...
     local task=$1
@@ -55,7 +55,7 @@ stage1() { # stage1 TASK OPTIONS...
     step "Stage 1 (Algorithm 1): T_$task on the frozen M" "$OUT/$task/$task.safetensors" \
         python stage1_heads.py --task "$task" "${TRAIN[@]}" "$@" --out "$OUT/$task"
 }
-stage1 detection --iters 200 --batch 4 --lr 5e-4
+stage1 detection --iters 260 --batch 4 --lr 5e-4
 stage1 segmentation "${SEGMENTATION[@]}"
 stage1 captioning --iters 180 --batch 16 --lr 2e-3
 
@@ -76,7 +76,7 @@ for ((seed = 0; seed < SEEDS; seed++)); do
     # Algorithm 3: each with M and with M and dW; a new evaluation is a new step whose folder's name is its row's
     step "Algorithm 3: OCR (Table 3), seed $seed" "$RUN/ocr/result.json" \
         python eval_ocr.py "${M[@]}" "${BOTH[@]}" --train "$WORLD/words/train" --test "$WORLD/words/test" \
-        --size 56 112 --charset 36 --width 128 --iters 900 --batch 32 --lr 5e-4 --warmup 50 "${RESUME[@]}" \
+        --size 56 112 --charset 36 --width 128 --iters 700 --batch 32 --lr 7e-4 --warmup 50 "${RESUME[@]}" \
         --out "$RUN/ocr"
     step "Algorithm 3: grounded object identification (Table 4), seed $seed" "$RUN/goi/result.json" \
         python eval_goi.py "${M[@]}" "${BOTH[@]}" --train "$WORLD/goi/train.jsonl" --val "$WORLD/goi/val.jsonl" \

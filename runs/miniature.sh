@@ -9,7 +9,7 @@
 set -euo pipefail
 OUT=${1:-${OUT:-out/miniature}} SEEDS=${SEEDS:-5} ROW_SEEDS=${ROW_SEEDS:-3} PARTS=" ${PARTS:-main fault steps rows choose} "
 MINIATURE=$OUT
-echo "== On two cores the main effect takes about MAIN minutes, all parts ALL; $SEEDS seeds, rows and controls $ROW_SEEDS"
+echo "== On two cores the main effect takes some 40 minutes, all parts some 90; $SEEDS seeds, rows and controls $ROW_SEEDS"
 STARTED=$SECONDS
 source "$(dirname "$0")/demo.sh" "$MINIATURE/demo" # the main effect: the demo, with more seeds; and its settings
 MAIN=$OUT OUT=$MINIATURE
@@ -92,7 +92,7 @@ full() { # full SEED: all of M is tuned, at a tenth of LoRA's rate
 more_clip() { # more_clip SEED: as many steps of contrastive pretraining as stage 2 has, from the same M
     local run=$OUT/rows/more_clip/seed$1
     once "$run/clip/eva_mini_clip.safetensors" python demo/pretrain.py --weights demo/eva_mini_clip.safetensors \
-        --steps "$ITERS" --decay "$((ITERS / 2))" --lr 1e-4 --patch-dropout 0 --pictures 8000 --seed "$((100 + $1))" \
+        --steps "$ITERS" --decay "$((ITERS / 2))" --lr 1e-4 --patch-dropout 0 --batch 32 --pictures "$((ITERS * 32))" --seed "$((100 + $1))" \
         --out "$run/clip"
     score "$run" "$1" "$WORLD" none "$run/clip/eva_mini_clip.safetensors" "$run/clip/eva_mini_clip.safetensors"
 }
