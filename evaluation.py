@@ -241,7 +241,11 @@ def model_columns(args: argparse.Namespace, variant: str, vit: nn.Module) -> lis
 
 def table(columns: list[str], rows: list[list]) -> str:
     """Markdown; floats with two decimals, None as a dash."""
-    cells = [["-" if v is None else f"{v:.2f}" if isinstance(v, float) else str(v) for v in r] for r in rows]
+
+    def cell(v) -> str:  # + 0.0: no minus before a zero
+        return "-" if v is None else f"{round(v, 2) + 0.0:.2f}" if isinstance(v, float) else str(v)
+
+    cells = [[cell(v) for v in r] for r in rows]
     lines = [columns, ["---"] * len(columns), *cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -138,3 +138,9 @@ def test_row_is_in_percent_points():
     assert [alone[k] for k in ("before", "after", "low", "n")] == [None, pytest.approx(60), None, 9]
     one = evaluation.row("s", "bleu", {"before": 0.25, "after": 0.5}, 7)
     assert [one[k] for k in ("before", "after", "difference", "low", "p", "n")] == [25, 50, 25, None, None, 7]
+
+
+def test_a_table_has_no_minus_before_a_zero():
+    assert evaluation.table(["a"], [[-0.001], [-0.006], [None], [3]]).splitlines()[2:] == [
+        "| 0.00 |", "| -0.01 |", "| - |", "| 3 |",
+    ]  # fmt: skip
