@@ -59,7 +59,7 @@ def sample(index: int, seed: int, things: float, bare: float) -> tuple[np.ndarra
     rng = np.random.default_rng((seed, 1, index))
     kind = str(rng.choice(["scene", "thing", "word"], p=[0.8 - things, things, 0.2]))
     if kind == "word":
-        picture, text = world.word_picture(rng, "plain", longest=6)
+        picture, text = world.word_picture(rng, "plain", tuple(world.LEXICON))
         texts = [f"{rng.choice(['', 'the word '])}{text}" for _ in range(SENTENCES)]
     elif kind == "thing":
         picture, thing = world.shape_picture((seed, 2, index), "plain")

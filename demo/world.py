@@ -60,7 +60,7 @@ TEMPLATES = (
 )  # pretraining has no full stop
 VARIANTS = ("plain", "sketch", "rotated", "noisy")
 WORD_SETS = ("plain", "fonts", "blur", "curved", "clutter", "unseen")
-LEXICON = (  # what signs say; the word sets have its short words, `unseen` made-up ones instead
+LEXICON = (  # what signs say; the word sets have some of its short words, `unseen` made-up ones instead
     "air art auto bag bait bake ball band bank bar bath beach bed beer bell bench bike bird boat book box "
     "bread bridge bus cab cafe cake camp car card care cash cat chef city class clinic clock cloth club coal "
     "coat coffee cold corn craft cream cycle dairy dance deli desk dock dog door drink drive east enter exit "
@@ -73,6 +73,7 @@ LEXICON = (  # what signs say; the word sets have its short words, `unseen` made
     "store studio sugar sun taxi tea tile toys track train tram tree tunnel video view wait walk water way "
     "west wine wood yard yoga zone zoo"
 ).split()
+SHORT = tuple(word for word in LEXICON if len(word) <= 4)[::3]  # few enough to be learned in minutes
 FONTS = Path(matplotlib.get_data_path(), "fonts", "ttf")
 SEEN = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSerif", "DejaVuSerif-Bold",
         "DejaVuSansMono", "DejaVuSansMono-Bold", "STIXGeneral", "STIXGeneralBol")  # fmt: skip
@@ -374,14 +375,15 @@ def scene(rng: np.random.Generator, size: int) -> Scene:
 # --- words
 
 
-def word_picture(rng: np.random.Generator, kind: str, longest: int = 4) -> tuple[Image.Image, str]:
+def word_picture(
+    rng: np.random.Generator, kind: str, known: tuple[str, ...] = SHORT
+) -> tuple[Image.Image, str]:
     """A word as it is cropped from a picture, and its letters. kind: one of WORD_SETS; `plain` trains.
 
-    longest: letters of the words that are drawn from LEXICON
+    known: the words that it may be
     """
-    words = [word for word in LEXICON if len(word) <= longest]
-    known = str(rng.choice(words)) if rng.random() < 0.9 else "".join(map(str, rng.integers(0, 10, 4)))
-    text = made_up(rng) if kind == "unseen" else known
+    told = str(rng.choice(known)) if rng.random() < 0.9 else "".join(map(str, rng.integers(0, 10, 4)))
+    text = made_up(rng) if kind == "unseen" else told
     text = str(rng.choice([text, text.upper(), text.capitalize()]))
     face = font(str(rng.choice(UNSEEN if kind == "fonts" else SEEN)), int(rng.integers(22, 30)))
     x0, y0, x1, y1 = face.getbbox(text)

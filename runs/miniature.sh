@@ -25,7 +25,7 @@ printf '{"iters": %s, "alpha": %s, "stage2": "%s"}\n' "$ITERS" "$ALPHA" "${STAGE
 rm -f "$OUT/failed"
 export OMP_NUM_THREADS=1 # from here on two runs at a time, a core each
 
-lane() { # lane FUNCTION ARGUMENTS...: in the background, as soon as a core is free
+both() { # both FUNCTION ARGUMENTS...: in the background, as soon as a core is free
     while (($(jobs -rp | wc -l) >= 2)); do wait -n || true; done
     [ ! -e "$OUT/failed" ] || exit 1
     "$@" &
@@ -58,8 +58,8 @@ once() { # once FILE COMMAND...: run COMMAND, which makes FILE last of all, unle
 }
 
 score() { # score FOLDER SEED WORLD LORA [M CLIP]: what the tables of rows show, of M with dW, or of another M
-    local folder=$1 world=$3 sets=() set both=(--lora "$4" --seed "$2" --workers 0)
-    local m=("${M[@]}" "${both[@]}" ${5:+--weights "$5"}) clip=("${CLIP[@]}" "${both[@]}" ${6:+--clip-weights "$6"})
+    local folder=$1 world=$3 sets=() set shared=(--lora "$4" --seed "$2" --workers 0)
+    local m=("${M[@]}" "${shared[@]}" ${5:+--weights "$5"}) clip=("${CLIP[@]}" "${shared[@]}" ${6:+--clip-weights "$6"})
     for set in plain sketch rotated noisy; do sets+=(--set "$set=$world/shapes/$set"); done
     once "$folder/goi/result.json" python eval_goi.py "${m[@]}" --train "$world/goi/train.jsonl" \
         --val "$world/goi/val.jsonl" --size 112 --out "$folder/goi"
@@ -78,7 +78,7 @@ row() { # row NAME SEED OPTIONS...: stage 2 with OPTIONS after the demo's own, t
 }
 
 rows() { # rows NAME OPTIONS...: with every seed
-    for ((seed = 0; seed < ROW_SEEDS; seed++)); do lane row "$1" "$seed" "${@:2}"; done
+    for ((seed = 0; seed < ROW_SEEDS; seed++)); do both row "$1" "$seed" "${@:2}"; done
 }
 
 full() { # full SEED: all of M is tuned, at a tenth of LoRA's rate
@@ -102,7 +102,7 @@ if part fault; then
     for ((seed = 0; seed < ROW_SEEDS; seed++)); do
         twice=$OUT/fault/seed$seed/lora.safetensors
         once "$twice" python demo/miniature.py twice "$MAIN/seed$seed/visft/lora.safetensors" "$twice"
-        lane score "$OUT/fault/seed$seed" "$seed" "$WORLD" "$twice"
+        both score "$OUT/fault/seed$seed" "$seed" "$WORLD" "$twice"
     done
     ended fault
 fi
@@ -111,7 +111,7 @@ fi
 if part steps; then
     for ((step = 50; step < ITERS; step += 50)); do
         for ((seed = 0; seed < ROW_SEEDS; seed++)); do
-            lane score "$OUT/steps/$step/seed$seed" "$seed" "$WORLD" \
+            both score "$OUT/steps/$step/seed$seed" "$seed" "$WORLD" \
                 "$MAIN/seed$seed/visft/lora_$(printf %06d "$step").safetensors"
         done
     done
@@ -123,12 +123,12 @@ if part rows; then
     head() { # head FOLDER TASK OPTIONS...
         once "$1/$2.safetensors" python stage1_heads.py --task "$2" "${TRAIN[@]}" --workers 0 "${@:3}" --out "$1"
     }
-    lane head "$OUT/pose" pose --iters 200 --batch 16 --lr 1e-3
-    lane head "$OUT/panoptic" panoptic "${SEGMENTATION[@]}"
+    both head "$OUT/pose" pose --iters 200 --batch 16 --lr 1e-3
+    both head "$OUT/panoptic" panoptic "${SEGMENTATION[@]}"
     for task in "${TASKS[@]}"; do
-        lane head "$OUT/random/$task" "$task" --iters 1 --warmup 0 --lr 1e-12 --batch 2
+        both head "$OUT/random/$task" "$task" --iters 1 --warmup 0 --lr 1e-12 --batch 2
     done
-    lane once "$OUT/shuffled/annotations/captions_train2017.json" python demo/miniature.py shuffle "$WORLD/coco" \
+    both once "$OUT/shuffled/annotations/captions_train2017.json" python demo/miniature.py shuffle "$WORLD/coco" \
         "$OUT/shuffled"
     all_done
     scaled() { echo --rank "$1" --lora-alpha "$1"; } # the same scale, 1
@@ -146,7 +146,7 @@ if part rows; then
     rows no_captioning --tasks detection segmentation --batch detection=2 segmentation=1
     rows random_heads --heads "$OUT/random" # controls
     rows shuffled_labels --coco "$OUT/shuffled"
-    for ((seed = 0; seed < ROW_SEEDS; seed++)); do lane full "$seed"; lane more_clip "$seed"; done
+    for ((seed = 0; seed < ROW_SEEDS; seed++)); do both full "$seed"; both more_clip "$seed"; done
     rows alpha2 --lora-alpha 2 # curves
     rows alpha32 --lora-alpha 32
     ended rows
@@ -162,11 +162,11 @@ if part choose; then
             --workers 0 "${@:2}" --out "$run/visft"
         score "$run" 0 "$OUT/validation" "$run/visft/lora.safetensors"
     }
-    lane choose lr_3e-4 --lr 3e-4
-    lane choose lr_1e-3 --lr 1e-3
-    lane choose lr_3e-3 --lr 3e-3
-    lane choose alpha_2 --lora-alpha 2
-    lane choose alpha_32 --lora-alpha 32
+    both choose lr_3e-4 --lr 3e-4
+    both choose lr_1e-3 --lr 1e-3
+    both choose lr_3e-3 --lr 3e-3
+    both choose alpha_2 --lora-alpha 2
+    both choose alpha_32 --lora-alpha 32
     ended choose
 fi
 echo "== demo/README.md"
