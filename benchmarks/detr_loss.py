@@ -1,6 +1,6 @@
 """Time of the detection loss, matching included: `Detr.criterion` beside transformers' DETR loss.
 
-    python benchmarks/detr_loss.py     # CPU, float32, under a minute; markdown tables, then one line of JSON
+    python benchmarks/detr_loss.py
 
 Forward and backward on the same outputs of 6 levels x 100 queries and the same 7 to 20 targets an image,
 interleaved, in one process. `quartiles` are of the ratio within each round, `best` is the ratio of the

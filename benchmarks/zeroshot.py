@@ -1,5 +1,7 @@
 """Zero-shot evaluation: its loop against the bare tower, one pass against two, ranks at COCO's size.
 
+    python benchmarks/zeroshot.py
+
 (a) The loop of `eval_zeroshot.py` over a folder of made-up JPEGs (500 x 375) with a ViT-B/16 and 2 loader
 workers, against the same tower fed from memory: the tower is what takes time, and each second of starting the
 workers counts. (b) `--compare` in one pass against `--lora none` and `--lora FILE` one after the other, with
@@ -116,7 +118,7 @@ def retrieval_seconds(captions: int, images: int, dim: int) -> dict:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--images", type=int, default=64, help="of (a); (b) takes six times as many of each size")
+    p.add_argument("--images", type=int, default=80, help="of (a); (b) takes six times as many of each size")
     p.add_argument("--repeats", type=int, default=3, help="timed rounds")
     p.add_argument("--threads", type=int, default=2, help="of torch")
     p.add_argument("--only-retrieval", action="store_true", help="(c) in this process, as JSON")
