@@ -32,6 +32,7 @@ unless a section calls them computed, and on a CPU unless it names a GPU. Where 
 QUICK = {  # the shortest run that still goes everywhere
     "blip2": ["--images", 1, "--rounds", 1],
     "captioner": ["--images", 2, "--repeats", 1, "--search-repeats", 1],
+    "detr": ["--side", 4, "--reps", 1],
     "detr_loss": ["--reps", 2],
     "eval_heads": ["--depth", 1, "--image-scale", 0.2, "--rounds", 1, "--maps", 2],
     "goi": ["--features", 1000, "--epochs", 1],

@@ -3,20 +3,22 @@
     python benchmarks/steps.py
 
 Runs `stage1_heads.py` and `stage2_lora.py` themselves on the demo's world, 640 px, with eva_mini of random
-weights, and clocks from outside what they call. `data` is waiting for the next batch; `M` the backbone's forward; `T_n` the head's forward with its loss,
-matching included; `backward` also recomputes M's blocks in stage 2; `update` is clipping and AdamW; `sending`
-is what a second process adds where nothing else is left to do: the wait for the last gradients at the end of
-the backward pass, and OSS's broadcast of what each process updated. The two processes share this machine
-(gloo), each with half of the cores, and have a batch each. `MB sent` are the gradients and weights that a
-process hands over at a step. Medians of steps; shares of their sum.
+weights, and clocks from outside what they call. `data` is waiting for the next batch; `M` the backbone's
+forward; `T_n` the head's forward with its loss, matching included; `backward` also recomputes M's blocks in
+stage 2; `update` is clipping and AdamW; `sending` is what a second process adds where nothing else is left to
+do: the wait for the last gradients at the end of the backward pass, and OSS's broadcast of what each process
+updated. The two processes share this machine (gloo), each with half of the cores, and have a batch each. `MB
+sent` are the gradients that are averaged and the updated weights that are broadcast at a step. Medians of
+steps; shares of their sum.
 
 GFLOP are counted, not measured: torch.utils.flop_counter on the same steps, which knows products,
 convolutions and attention. `of the ceiling` is their rate as a part of that of a 1024 x 1024 matrix product
-on as many threads. Width 192 and one image at a time are far from filling it: the small operations of the
-heads, the losses and the optimizer limit such steps, not arithmetic.
+on as many threads. Width 192 and one image at a time do not fill it: the many small operations of the heads,
+the losses and the optimizer limit such steps more than arithmetic.
 """
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -46,6 +48,11 @@ from data import coco  # noqa: E402
 from demo import world  # noqa: E402
 
 PARTS = ("data", "M", "T_n", "backward", "update", "sending")
+
+
+def once(init):
+    """All cases share the group of the first: gloo cannot make a second one of the same name."""
+    return lambda *args, **kwargs: None if dist.is_initialized() else init(*args, **kwargs)
 
 
 class Clock:
@@ -140,6 +147,7 @@ class Clock:
             (vit.Backbone, "forward", lambda function: self.timed("M", function)),
             (torch.Tensor, "backward", self.backward),
             (common, "parallel", self.parallel),
+            (dist, "init_process_group", once),
         ]
         if dist.is_torchelastic_launched():
             places.append((OSS, "_broadcast_params", self.broadcast))
@@ -148,10 +156,7 @@ class Clock:
                 stack.enter_context(patch.object(holder, name, wrap(getattr(holder, name))))
             stack.enter_context(patch.object(sys, "argv", [f"{script.__name__}.py", *map(str, options)]))
             stack.enter_context(patch.object(sys, "stdout", nowhere))
-            try:
-                script.main()
-            finally:
-                dist.destroy_process_group()
+            script.main()
         for step in self.steps:
             step["update"] = step["minimize"] - step["backward"] - step.get("sending", 0.0)
             step["T_n"] = step["all"] - step["data"] - step["M"] - step["minimize"]
@@ -181,6 +186,8 @@ def child(args: argparse.Namespace) -> None:
                 case["mean"] = statistics.mean(s["all"] for s in steps)
                 case["mb"] = steps[-1].get("bytes", 0) / 1e6
                 found[f"{stage} {task}"] = case
+    gc.collect()
+    dist.destroy_process_group()
     if int(os.environ.get("RANK", 0)) == 0:
         (folder / f"steps{os.environ.get('WORLD_SIZE', 1)}.json").write_text(json.dumps(found))
 
