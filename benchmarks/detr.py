@@ -73,7 +73,8 @@ class Theirs(nn.Module):
 
     def loss(self, f: Features, y: list[dict]) -> tuple[Tensor, dict]:
         head, (B, _, H, W) = self.head, f.grid.shape
-        pos = self.position(torch.Size((B, 1, H, W)), f.grid.device, f.grid.dtype)  # (B, N, 128)
+        pos = self.position(torch.Size((B, 1, H, W)), f.grid.device, f.grid.dtype)
+        pos = pos.flatten(2).transpose(1, 2)  # (B, N, 128)
         x = head.input_proj(f.grid).flatten(2).transpose(1, 2)
         tokens = torch.cat([head.task_token.expand(B, 1, -1), x], 1)
         token_pos = nn.functional.pad(pos, (0, 0, 1, 0))
