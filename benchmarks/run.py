@@ -158,6 +158,7 @@ def main() -> None:
         if not args.quick:
             (HERE / "results").mkdir(exist_ok=True)
             (HERE / f"results/{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+            (HERE / "README.md").write_text(page(stored()))
     if not args.quick:
         (HERE / "README.md").write_text(page(stored()))
     if failed:
@@ -165,4 +166,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("run.py: interrupted; what had ended is stored and on the page")
