@@ -14,6 +14,7 @@ import shlex
 import subprocess
 import sys
 import traceback
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,7 @@ WEIGHT_DECAY = 1e-4  # the authors' release
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Options that may differ between a run and its resumption
 MAY_CHANGE = {"out", "resume", "coco", "captions", "workers", "log_every", "save_every", "exclude_images"}
+MAY_CHANGE |= {"skip_bad_images"}  # what stopped a run is passed over when it goes on
 MAY_CHANGE |= {"train", "test", "limit"}  # of eval_ocr.py
 
 
@@ -293,11 +295,14 @@ class Checkpoint:
         state = None
         for path in (self.out / "last.pt", self.out / "previous.pt"):
             try:
+                with zipfile.ZipFile(path) as file:
+                    if broken := file.testzip():  # torch.load reads past changed bytes
+                        raise zipfile.BadZipFile(broken)
                 state = torch.load(path, map_location="cpu", weights_only=True)
                 break
             except FileNotFoundError:
                 continue
-            except Exception as error:  # whatever a half-written file makes torch.load raise
+            except Exception as error:  # whatever a half-written file makes them raise
                 print(f"{path} cannot be read ({type(error).__name__}): trying the one before it")
         if state is None:
             print(f"nothing to resume in {self.out}: starting at step 0")

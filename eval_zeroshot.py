@@ -71,7 +71,7 @@ class Clip:
     def pixels(self, images: Tensor) -> Tensor:
         """(B, 3, h, w) uint8 -> normalized floats on the device."""
         images = images.to(self.ranks.device, non_blocking=True)
-        return (images.float() / 255 - self.mean) / self.std
+        return images.float().div_(255).sub_(self.mean).div_(self.std)
 
     @torch.no_grad()
     def image_features(self, pixels: Tensor) -> Tensor:
@@ -200,25 +200,47 @@ def accuracy(R: Tensor, target: Tensor, num_classes: int) -> dict[str, Tensor]:
     return {metric: score for metric, score in scores.items() if metric != "acc5" or num_classes > TOP}
 
 
-def ranks_of(similarity: Tensor, image_of: Tensor, rows: int = 1024) -> tuple[Tensor, Tensor]:
+class Cosines:
+    """The similarities W f^T of T captions, (T, D), and I images, (I, D), computed where they are looked up.
+
+    Whole, COCO's 25,010 x 5,000 would be 0.5 GB. Two blocks may differ in an entry's last digit, so what is
+    compared must come from one block.
+    """
+
+    def __init__(self, W: Tensor, f: Tensor):
+        self.W, self.f = W, f
+        self.shape = len(W), len(f)
+
+    def __getitem__(self, at: tuple[slice, slice]) -> Tensor:
+        captions, images = at
+        return self.W[captions] @ self.f[images].T
+
+
+def ranks_of(similarity: Tensor | Cosines, image_of: Tensor, block: int = 512) -> tuple[Tensor, Tensor]:
     """Where the right answer comes, 0 = first, every tie taken against the model.
 
-    similarity: (T, I) of T captions and I images; image_of: (T,) the image of each caption
+    similarity: (T, I) of T captions and I images, looked up `block` captions and `block` images at a time;
+    image_of: (T,) the image of each caption
     Returns (T,) the rank of its image among the images for each caption, and (I,) the rank of the best of its
     captions among those of other images for each image.
     """
-    own = similarity.gather(1, image_of[:, None])  # (T, 1)
-    best = similarity.new_full((similarity.shape[1],), -torch.inf)
-    best.scatter_reduce_(0, image_of, own[:, 0], "amax")  # (I,)
-    by_caption, by_image = [], torch.zeros_like(best, dtype=torch.int64)
-    for block, mine in zip(similarity.split(rows), own.split(rows), strict=True):
-        by_caption.append((block >= mine).sum(1, dtype=torch.int32) - 1)  # less the right one
-        by_image += (block >= best).sum(0, dtype=torch.int32)
-    by_image.index_add_(0, image_of, -(own[:, 0] >= best[image_of]).long())  # less its own
-    return torch.cat(by_caption), by_image
+    (T, I), by_caption, by_image = similarity.shape, [], []  # noqa: E741
+    for at in range(0, T, block):
+        S, image = similarity[at : at + block, :], image_of[at : at + block]  # (b, I)
+        own = S.gather(1, image[:, None])
+        by_caption.append((S >= own).sum(1, dtype=torch.int32) - 1)  # less the right one
+    for at in range(0, I, block):
+        S = similarity[:, at : at + block]  # (T, b)
+        mine = ((image_of >= at) & (image_of < at + block)).nonzero()[:, 0]  # their captions
+        image = image_of[mine] - at
+        own, best = S[mine, image], S.new_full((S.shape[1],), -torch.inf)
+        best.scatter_reduce_(0, image, own, "amax")  # (b,)
+        count = (S >= best).sum(0, dtype=torch.int32)
+        by_image.append(count.index_add_(0, image, -(own >= best[image]).int()))  # less its own
+    return torch.cat(by_caption), torch.cat(by_image)
 
 
-def recall(similarity: Tensor, image_of: Tensor) -> dict[str, Tensor]:
+def recall(similarity: Tensor | Cosines, image_of: Tensor) -> dict[str, Tensor]:
     """Scores (I,) whose means are R@K of text retrieval (over images) and of image retrieval (over captions).
 
     A caption's hit is counted with its image, so that whoever draws images draws their captions with them.
@@ -227,7 +249,7 @@ def recall(similarity: Tensor, image_of: Tensor) -> dict[str, Tensor]:
     by_caption, by_image = ranks_of(similarity, image_of)
     scores = {f"TR@{K}": (by_image < K).double() for K in RECALL_AT}
     for K in RECALL_AT:
-        hits = torch.zeros(I, dtype=torch.float64, device=similarity.device)
+        hits = torch.zeros(I, dtype=torch.float64, device=image_of.device)
         scores[f"IR@{K}"] = hits.index_add_(0, image_of, (by_caption < K).double()) * (I / T)
     return {metric: score for metric, score in scores.items() if int(metric[3:]) < (I, T)[metric[0] == "T"]}
 
@@ -399,7 +421,7 @@ def main() -> None:
             good = torch.tensor([i for i in range(n) if i not in bad], device=ranks.device)
             scores = {v: accuracy(R[v][good], y[good], len(W)) for v in variants}
         else:
-            scores = {v: recall(W @ R[v].T, y) for v in variants}
+            scores = {v: recall(Cosines(W, R[v]), y) for v in variants}
         for metric in scores[variants[0]]:
             counted = len(W) if metric.startswith("IR") else n - len(bad)
             of_variants = {v: scores[v][metric].cpu().numpy() for v in variants}

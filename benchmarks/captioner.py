@@ -1,22 +1,27 @@
 """Captioning head: a training step against a plain loop of Eqs. 3 and 4; beam search of 64 images together.
 
-    PYTHONPATH=. python benchmarks/captioner.py
+    python benchmarks/captioner.py
 
 The plain loop is the equations as they stand: it projects the features and applies the vocabulary layer at
 every time step. Both train all weights and hand a gradient to the features: D = 1408, batch 8, 14 x 14
 positions, vocabulary 9,490, captions as long as COCO's. The beam search is predict() with five beams on all
 images at once, and on one after another; ends are barred and captions cut at 12 words, so both say as much.
-Interleaved; medians.
+Interleaved; medians. One by one, the search reads 28 MB of weights for every word: memory limits it, and
+others who use the memory make it unsteady.
 """
 
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that ours are found from any folder
 
 from backbone import Features
 from heads.captioner import Captioner

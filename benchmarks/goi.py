@@ -4,7 +4,7 @@
 
 32,000 features of width 1,408 (EVA-ViT-G on M3IT's coco-goi) in a memory-mapped file, 80 classes. The floor
 is torch's own nn.Linear, AdamW and cross_entropy on shuffled batches of the same size, without a schedule or
-standardization. Interleaved; medians.
+standardization. Interleaved; medians. Gathering the rows of a batch and the product with the layer limit it.
 """
 
 import argparse

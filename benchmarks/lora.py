@@ -1,6 +1,6 @@
 """Time and memory of LoRA on q and v, beside the frozen ViT (the floor), peft and the authors' dense update.
 
-    python benchmarks/lora.py             # CPU, float32, some minutes; markdown tables, then one line of JSON
+    python benchmarks/lora.py
 
 All variants run forward and backward down to the input tokens, interleaved, in one process; the floor trains
 nothing. (a) is a ViT of depth 12 and width 768 with 4 x 257 tokens, (b) one block of EVA-ViT-G with 1,370

@@ -5,7 +5,7 @@
 Reading: pictures per second on one core, of JPEGs of MJSynth's size squashed to 224 px; the floor decodes and
 resizes the same bytes from a list in memory. Step: eval_ocr.train, loader and log included, per step (the
 time of 2 n steps less that of n), against the frozen forward pass and the head's forward, backward and update
-on features at hand. Interleaved; medians.
+on features at hand. Interleaved; medians. Decoding limits the reading, the two forward passes the step.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Can the segmentation head learn at all? Four images by heart, scored by pycocotools on the same four.
 
-    PYTHONPATH=. python benchmarks/overfit.py --coco ../shared/data/coco
+    python benchmarks/overfit.py --coco DIR
 
 A head that cannot reach a high mask AP on the images it was trained on has a fault that no loss curve shows.
 The backbone is a random frozen eva_mini, whose features of the four images, not augmented, are computed once.
@@ -8,12 +8,16 @@ The backbone is a random frozen eva_mini, whose features of the four images, not
 
 import argparse
 import json
+import sys
 import time
+from pathlib import Path
 
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torchvision.transforms.v2 import functional as TF
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that ours are found from any folder
 
 import backbone as vit
 import common
@@ -39,7 +43,7 @@ def example(stream: coco.Segmentation, row: int, side: int) -> tuple[torch.Tenso
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--coco", default="coco", help="folder in COCO's layout")
+    p.add_argument("--coco", default="../shared/data/coco", help="folder in COCO's layout")
     p.add_argument("--split", default="train2017")
     few = [12448, 173350, 191381, 360772]  # of the small sample: 1 to 3 objects each, none tiny
     p.add_argument("--images", type=int, nargs="+", default=few, metavar="ID")
@@ -82,6 +86,8 @@ def main() -> None:
     scored.accumulate()
     scored.summarize()
     seconds = time.perf_counter() - begin
+    print("| steps | mask AP on the same images | s |\n|---|---|---|")
+    print(f"| {args.iters} | {scored.stats[0]:.2f} | {seconds:.0f} |")
     print(json.dumps({"mask_ap": scored.stats[0], "seconds": seconds, **vars(args)}))
 
 

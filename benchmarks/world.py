@@ -3,7 +3,7 @@
     python benchmarks/world.py
 
 JPEGs, panoptic PNGs, instances, keypoints and captions, by all cores and by one; per second, and per second
-of CPU time, which other processes disturb less. Interleaved; medians.
+of CPU time, which other processes disturb less. Interleaved; medians. Drawing limits it.
 """
 
 import argparse
@@ -26,9 +26,9 @@ from demo import world
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--scenes", type=int, default=600)
+    p.add_argument("--scenes", type=int, default=300)
     p.add_argument("--size", type=int, default=96, help="longest side in pixels")
-    p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--rounds", type=int, default=2)
     args = p.parse_args()
     runs = {"all cores": world.each, "one": lambda function, items: list(map(function, items))}
     rates = {name: [] for name in runs}  # per second, per second of CPU time

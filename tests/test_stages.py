@@ -340,20 +340,6 @@ def test_bad_heads_are_refused_and_nothing_is_written(scenes, real_coco, head, t
         assert not (tmp_path / "new").exists()
 
 
-def test_a_bad_image_stops_the_run_or_is_counted(scenes, tmp_path, run):
-    folder = tmp_path / "coco"
-    shutil.copytree(scenes, folder)
-    picture = folder / "train2017" / f"{5:012d}.jpg"
-    picture.write_bytes(picture.read_bytes()[:700])
-    options = stage1(folder, tmp_path / "out", iters=12)
-    code, _, err = run("stage1_heads", *options)
-    assert code == 2 and "000000000005.jpg cannot be decoded" in err
-    code, *_ = run("stage1_heads", *options, "--skip-bad-images")
-    assert code == 0
-    *_, last = (tmp_path / "out" / "log.jsonl").read_text().splitlines()
-    assert json.loads(last)["skipped_images"] == 1
-
-
 def test_defaults_are_the_papers(monkeypatch, capsys):
     """Sec. 4.2, for EVA-ViT-G."""
     seen = []

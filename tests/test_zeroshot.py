@@ -9,6 +9,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import SHARED
 from PIL import Image
 from torchvision.datasets import CIFAR10, ImageFolder, cifar
@@ -254,7 +255,7 @@ def test_ranks_and_recall_are_a_brute_force_count(values):
         best = max(S[t, i] for t in range(T) if image_of[t] == i)
         by_image.append(sum(S[t, i] >= best for t in range(T) if image_of[t] != i))
     of = torch.from_numpy(image_of)
-    ours = eval_zeroshot.ranks_of(torch.from_numpy(S), of, rows=7)
+    ours = eval_zeroshot.ranks_of(torch.from_numpy(S), of, block=7)
     assert ours[0].tolist() == by_caption and ours[1].tolist() == by_image
     scores = eval_zeroshot.recall(torch.from_numpy(S), of)
     assert list(scores) == ["TR@1", "TR@5", "TR@10", "IR@1", "IR@5", "IR@10"]
@@ -263,6 +264,40 @@ def test_ranks_and_recall_are_a_brute_force_count(values):
         assert scores[f"IR@{K}"].mean().item() == pytest.approx(np.mean(np.array(by_caption) < K), abs=1e-12)
     if values == "collapsed":
         assert not any(score.any() for score in scores.values())
+
+
+def test_ranks_of_features_hold_also_where_images_and_captions_are_the_same():
+    """Blocks of features against loops over the whole product in float64; a third is there twice or more."""
+    torch.manual_seed(0)
+    image_of = torch.arange(60).repeat_interleave(torch.randint(5, 8, (60,)))[torch.randperm(330)]
+    T, f = len(image_of), F.normalize(torch.randn(60, 96), dim=1)
+    W = F.normalize(f[image_of] + 1.5 * torch.randn(T, 96), dim=1)
+    f[40:], W[::3] = f[:20], W[:1] + 0 * W[::3]  # the last 20 images are the first 20; many captions are one
+    S = W.double() @ f.double().T
+    by_caption = [int((S[t] >= S[t, i] - 1e-12).sum()) - 1 for t, i in enumerate(image_of)]
+    own = torch.zeros_like(S, dtype=torch.bool)
+    own[torch.arange(T), image_of] = True
+    best = S.masked_fill(~own, -torch.inf).amax(0)
+    by_image = ((S >= best - 1e-12) & ~own).sum(0).tolist()
+    for block in (17, 60, 512):
+        ours = eval_zeroshot.ranks_of(eval_zeroshot.Cosines(W, f), image_of, block)
+        assert ours[0].tolist() == by_caption and ours[1].tolist() == by_image
+    whole = eval_zeroshot.recall(W @ f.T, image_of)
+    for metric, score in eval_zeroshot.recall(eval_zeroshot.Cosines(W, f), image_of).items():
+        assert torch.equal(score, whole[metric])
+
+
+def test_the_similarity_is_never_held_whole():
+    seen = []
+
+    class Watched(eval_zeroshot.Cosines):
+        def __getitem__(self, at):
+            seen.append(super().__getitem__(at))
+            return seen[-1]
+
+    eval_zeroshot.recall(Watched(torch.randn(5000, 2), torch.randn(1000, 2)), torch.arange(5000) % 1000)
+    assert max(S.numel() for S in seen) <= 512 * 5000  # 10 blocks of captions, 2 of images
+    assert sum(S.numel() for S in seen) == 2 * 5000 * 1000
 
 
 def test_recall_at_all_there_is_is_not_scored():
