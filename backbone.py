@@ -103,7 +103,8 @@ class Backbone(nn.Module):
             raise ValueError(
                 f"--model {name}: neither {', '.join(TIMM_NAMES)}, eva_mini nor a model that timm has"
             )
-        self.name, self.use_cls, self.recompute = name, use_cls, False
+        self.name, self.use_cls = name, use_cls
+        self.recompute = 0  # how many of the first blocks are computed again in the backward pass
         options = dict(pretrained=pretrained, num_classes=0, global_pool="", dynamic_img_size=True)
         try:
             self.vit = timm.create_model(timm_name, **options)
@@ -133,8 +134,8 @@ class Backbone(nn.Module):
         if valid is not None:  # padding is never a key, so an image's features do not depend on its batch
             mask = F.pad(valid.flatten(1), (x.shape[1] - H * W, 0), value=True)[:, None, None]  # (B, 1, 1, N)
         where = {"attn_mask": mask} if rope is None else {"attn_mask": mask, "rope": rope}
-        for block in self.vit.blocks:
-            if self.recompute and torch.is_grad_enabled():
+        for i, block in enumerate(self.vit.blocks):
+            if i < self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, **where)
             else:
                 x = block(x, **where)
