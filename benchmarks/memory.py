@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import json
 import sys
+import tempfile
 import weakref
 from pathlib import Path
 from unittest import mock
@@ -118,14 +119,17 @@ def materialize(module: nn.Module, frozen: torch.dtype) -> list[Tensor]:
     """Under shapes_only: put the module on the CPU, its frozen floats in this type; all that it holds."""
 
     def cpu(t: Tensor) -> Tensor:
-        return torch.empty(t.shape, dtype=frozen if t.is_floating_point() and not t.requires_grad else t.dtype)
+        return torch.empty(
+            t.shape, dtype=frozen if t.is_floating_point() and not t.requires_grad else t.dtype
+        )
 
     module._apply(cpu)
     return [*module.parameters(), *module.buffers()]
 
 
-def batch_of(task: str, batch: int, side: int, targets: int) -> tuple[Tensor, list[dict]]:
-    one = {"image_id": 0, "size": (side, side), "padded_size": (side, side)}
+def batch_of(task: str, batch: int, size: tuple[int, int], targets: int) -> tuple[Tensor, list[dict]]:
+    """What the data give, with zeros for values. size: (h, w) in pixels; targets: of each image."""
+    one = {"image_id": 0, "size": size, "padded_size": size}
     if task == "captioning":
         one["tokens"] = torch.zeros(WORDS + 1, dtype=torch.long)
     else:
@@ -133,10 +137,9 @@ def batch_of(task: str, batch: int, side: int, targets: int) -> tuple[Tensor, li
     if task == "detection":
         one["boxes_cxcywh"] = torch.zeros(targets, 4)
     if task == "segmentation":
-        one["masks"] = torch.zeros(targets, side, side, dtype=torch.bool)
-    return torch.zeros(batch, 3, side, side), [
-        {k: v.clone() if isinstance(v, Tensor) else v for k, v in one.items()} for _ in range(batch)
-    ]
+        one["masks"] = torch.zeros(targets, *size, dtype=torch.bool)
+    y = [{k: v.clone() if isinstance(v, Tensor) else v for k, v in one.items()} for _ in range(batch)]
+    return torch.zeros(batch, 3, *size), y
 
 
 def account(
@@ -144,7 +147,7 @@ def account(
     task: str,
     blocks: int | None = None,
     batch: int | None = None,
-    side: int | None = None,
+    size: tuple[int, int] | None = None,
     rank: int = 64,
     targets: int = 20,
     dtype: torch.dtype = torch.bfloat16,
@@ -155,7 +158,7 @@ def account(
 
     blocks: recomputed in the backward pass (None: all); tasks: whose heads are loaded
     """
-    batch, side = batch or SIZES[task][0], side or SIZES[task][1]
+    batch, size = batch or SIZES[task][0], size or (SIZES[task][1],) * 2
     backbone, task_heads = build(model, rank)
     backbone.recompute = len(backbone.vit.blocks) if blocks is None else blocks
     found, live = {}, LiveBytes()
@@ -182,7 +185,7 @@ def account(
                 p.grad = torch.zeros_like(p)
             moments = torch.empty(2 * own // world // 4)
             now = live.now
-            images, y = batch_of(task, batch, side, targets)
+            images, y = batch_of(task, batch, size, targets)
             now = since("batch", now)
 
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -193,3 +196,110 @@ def account(
             loss.backward()
     del moments
     return found | {"transient": live.peak - now, "peak": live.peak, "flops": live.flops}
+
+
+# --- communication
+
+
+def sent_in_a_step(rank: int, world: int, folder: str) -> None:
+    """One rank of a step of stage 2 with eva_mini and detection; rank 0 writes what torch's profiler saw."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    torch.set_num_threads(1)
+    backbone = vit.load("eva_mini", "random")
+    trained = list(lora.parameters(lora.attach(backbone.vit, rank=64)).values())
+    M, head = common.parallel(backbone, torch.device("cpu")), heads.Detr(backbone.dim, [{"id": 1}])
+    head.requires_grad_(False).eval()
+    optimizer = common.sharded_adamw([{"params": trained}])
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    images, y = batch_of("detection", 1, (112, 112), targets=2)
+    for _ in range(2):  # DDP sorts its buckets after the first
+        with torch.profiler.profile(record_shapes=True) as seen:
+            common.minimize(head.loss(M(images), y)[0], optimizer, scaler)
+    if rank == 0:
+        calls = {"parameters": sum(p.numel() for p in trained)}
+        for event in seen.events():
+            if event.name.startswith("gloo:"):
+                values = sum(torch.Size(shape).numel() for shape in event.input_shapes)
+                calls.setdefault(event.name.removeprefix("gloo:"), []).append(values)
+        Path(folder, "sent.json").write_text(json.dumps(calls))
+    dist.barrier()
+    del M
+    dist.destroy_process_group()
+
+
+def communication(world: int = 2) -> dict:
+    """The numbers of fp32 values of each all-reduce and broadcast of a step, and of the parameters."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(sent_in_a_step, (world, folder), nprocs=world)
+        return json.loads(Path(folder, "sent.json").read_text())
+
+
+def main() -> None:
+    # --- options
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--models", nargs="+", default=["eva_g", "eva_e"], help="as --model of the stages")
+    p.add_argument("--blocks", nargs="+", type=int, default=[-1, 0], help="recomputed blocks (-1: all)")
+    p.add_argument("--batch", type=int, help="images of each task (default: 1 / 1 / 8)")
+    p.add_argument("--rank", type=int, default=64, help="r of LoRA (Sec. 3.2: 64)")
+    p.add_argument("--targets", type=int, default=20, help="objects of each image (COCO: 7 on average)")
+    p.add_argument("--ranks", type=int, default=8, help="over which AdamW's state is spread (Sec. 4.2: 8)")
+    p.add_argument("--dtype", choices=common.DTYPES, default="bf16", help="of the frozen ViT")
+    p.add_argument("--tflops", nargs="+", type=float, default=[50, 400], help="speeds to assume, TFLOP/s")
+    p.add_argument(
+        "--link", type=float, default=25.0, help="GB/s that each GPU sends (25: a 200 Gbit/s port)"
+    )
+    args = p.parse_args()
+
+    # --- loop: memory and arithmetic
+    print(f"COMPUTED, torch {torch.__version__}; {vars(args)}\n")
+    columns = ("M", "T", "trained", "batch", "kept in M", "kept in T", "transient", "peak")
+    print("| model | task | recomputed |", *(f"{c}, GB |" for c in columns), "TFLOP |")
+    print("|---" * (len(columns) + 4) + "|")
+    results, options = {}, dict(rank=args.rank, targets=args.targets, world=args.ranks)
+    for model in args.models:
+        for blocks in args.blocks:
+            for task in SIZES:
+                found = account(
+                    model,
+                    task,
+                    None if blocks < 0 else blocks,
+                    args.batch,
+                    dtype=common.DTYPES[args.dtype],
+                    **options,
+                )
+                results[f"{model} {task} {blocks}"] = found
+                cells = [f"{found[c] / GB:.2f} |" for c in columns]
+                name = "all" if blocks < 0 else blocks
+                print(f"| {model} | {task} | {name} |", *cells, f"{found['flops'] / 1e12:.1f} |", flush=True)
+
+    print(
+        "\n| model | recomputed | TFLOP of the mean step |",
+        *(f"5,000 steps at {t:g} TFLOP/s |" for t in args.tflops),
+    )
+    print("|---" * (3 + len(args.tflops)) + "|")
+    for model in args.models:
+        for blocks in args.blocks:
+            mean = sum(PROBS[task] * results[f"{model} {task} {blocks}"]["flops"] for task in SIZES) / 1e12
+            cells = [f"{5000 * mean / t / 60:.0f} min |" for t in args.tflops]
+            print(f"| {model} | {'all' if blocks < 0 else blocks} | {mean:.1f} |", *cells)
+
+    # --- loop: communication
+    calls = communication()
+    reduced, sent = sum(calls["allreduce"]), sum(calls["broadcast"])
+    print(f"\nMEASURED at 2 ranks, {calls['parameters']:,} parameters, fp32 values of a step: {calls}\n")
+    print(
+        "| model | ranks | all-reduced, MB | broadcast, MB | a GPU sends, MB | ms |\n|---|---|---|---|---|---|"
+    )
+    for model in args.models:
+        size = results[f"{model} detection {args.blocks[0]}"]["trained"] / (2 + 2 / args.ranks) / 1e6
+        for n in (2, 8, 64, 512):
+            # A ring: every rank passes on (n - 1) / n of the sum twice, and each shard's owner's once
+            each = size * (n - 1) / n * (2 + 1)
+            print(f"| {model} | {n} | {size:.1f} | {size:.1f} | {each:.1f} | {each / args.link:.1f} |")
+    results["communication"] = {**calls, "all-reduced / parameters": reduced / calls["parameters"]}
+    results["communication"]["broadcast / parameters"] = sent / calls["parameters"]
+    print("\n" + json.dumps({**vars(args), **results}))
+
+
+if __name__ == "__main__":
+    main()
