@@ -74,8 +74,8 @@ def eva_g_blip2(pretrained: bool = False, **kwargs):
     return _create_eva("eva_g_blip2", pretrained=pretrained, **{**size, "global_pool": "token", **kwargs})
 
 
-# What a head and its loss take at most, in bytes for each token of the ViT: 100 masks of segmentation, of which
-# benchmarks/memory.py computes 2.2 GB for 5,330 tokens
+# Bytes that a head and its loss take for each token of the ViT: more than benchmarks/memory.py computes for
+# segmentation with 100 objects
 HEAD_PER_TOKEN = 500_000
 
 

@@ -50,7 +50,7 @@ def main() -> None:
     add("--batch", nargs="+", default=[], metavar="N|TASK=N", help="per process (Sec. 4.2: 1; captioning 8)")
     add("--lr", type=float, default=1e-5, help="peak learning rate of LoRA (Sec. 4.2: 1e-5)")
     blocks = (
-        "how many of the first blocks are recomputed in the backward pass (Sec. 4.2: checkpointing; 0 = none; "
+        "recompute so many of the first blocks in the backward pass (Sec. 4.2: checkpointing; 0 = none; "
         "auto: as few as the GPU's memory asks, CPU: all); the gradients are the same"
     )
     add("--checkpoint-blocks", default="auto", metavar="N|auto", help=blocks)

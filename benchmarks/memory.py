@@ -1,14 +1,14 @@
 """What a step of stage 2 needs at full size, with no GPU and no weights: memory, arithmetic, communication.
 
-    python benchmarks/memory.py                        # eva_g and eva_e, a minute on a CPU; markdown, then JSON
+    python benchmarks/memory.py          # eva_g and eva_e, a minute or two on a CPU; markdown, then JSON
     python benchmarks/memory.py --models eva_g --blocks 0 --batch 4
 
 The step of the scripts (backbone, LoRA, head, loss, backward) runs on torch's fake tensors, which have shapes
-but no values, while every storage that is made or dropped is counted, and every matrix product. So its figures
-are COMPUTED, from the code itself. Values stand in where the code looks at them: the matcher pairs as many as
-it would, and every caption is as long as COCO's mean. tests/test_memory.py holds the peak against what the
-allocator gives out in a real run of stage2_lora.py, at a small size. What it cannot see: the CUDA context (some
-0.5 GB), workspaces inside kernels, and what the caching allocator loses to fragments.
+but no values, while every storage that is made or dropped is counted, and every matrix product. So its
+figures are COMPUTED, from the code itself. Values stand in where the code looks at them: the matcher pairs as
+many as it would, and every caption has COCO's mean length. tests/test_memory.py holds the peak against what
+the allocator gives out in a real run of stage2_lora.py, at a small size. What it cannot see: the CUDA context
+(some 0.5 GB), workspaces inside kernels, and what the caching allocator loses to fragments.
 
 The bytes that cross between ranks are MEASURED in a step of two gloo processes, and computed for more.
 """
@@ -285,11 +285,10 @@ def main() -> None:
 
     # --- loop: communication
     calls = communication()
-    reduced, sent = sum(calls["allreduce"]), sum(calls["broadcast"])
-    print(f"\nMEASURED at 2 ranks, {calls['parameters']:,} parameters, fp32 values of a step: {calls}\n")
-    print(
-        "| model | ranks | all-reduced, MB | broadcast, MB | a GPU sends, MB | ms |\n|---|---|---|---|---|---|"
-    )
+    reduced, sent = sum(calls["all_reduce"]), sum(calls["broadcast"])
+    print(f"\nMEASURED at 2 ranks, fp32 values that a step exchanges: {calls}\n")
+    print("| model | ranks | all-reduced, MB | broadcast, MB | a GPU sends, MB | ms |")
+    print("|---|---|---|---|---|---|")
     for model in args.models:
         size = results[f"{model} detection {args.blocks[0]}"]["trained"] / (2 + 2 / args.ranks) / 1e6
         for n in (2, 8, 64, 512):

@@ -108,24 +108,23 @@ def test_the_account_is_the_allocators_peak_of_a_real_run(
     monkeypatch.undo()
     same = dict(blocks=blocks, dtype=torch.float32, tasks=(task,))
     peaks = [memory.account("eva_mini", task, size=s, targets=n, **same)["peak"] for s, n in seen]
-    print(seen, peaks, allocator_peak(real))
     assert max(peaks) == pytest.approx(allocator_peak(real), rel=0.1)
 
 
 def test_the_memory_of_a_step_does_not_know_how_many_heads_were_trained_before():
-    """A head that has no turn costs its weights; AdamW's share falls with the ranks; M is the same for all."""
+    """A head that has no turn costs its weights; more ranks, less of AdamW's state; nothing else changes."""
     same = dict(model="eva_mini", task="detection", size=(112, 112), dtype=torch.float32)
     one = memory.account(**same, tasks=("detection",))
     three = memory.account(**same, world=4)
     assert three["T"] > 2 * one["T"]
     assert three["peak"] - three["T"] - three["trained"] == one["peak"] - one["T"] - one["trained"]
-    assert 16 * one["trained"] == 16 * 4 / 2.5 * three["trained"]
+    assert 5 * one["trained"] == 8 * three["trained"]  # 4 (weights) + 4 (gradients) + 8 / ranks bytes
     assert all(three[k] == one[k] for k in ("M", "batch", "kept in M", "kept in T", "transient", "flops"))
 
 
 def test_ranks_exchange_the_gradients_and_weights_of_lora_and_a_few_numbers():
-    """A real step of two processes: 98,304 x 3 parameters of eva_mini's LoRA, and nothing of M or T."""
+    """A real step of two processes with eva_mini: nothing of M or T."""
     calls = memory.communication()
     assert calls["parameters"] == 6 * 64 * (2 * 192 + 2 * 192)
-    assert calls["parameters"] <= sum(calls["allreduce"]) <= calls["parameters"] + 8
+    assert calls["parameters"] <= sum(calls["all_reduce"]) <= calls["parameters"] + 8
     assert sum(calls["broadcast"]) == calls["parameters"]
