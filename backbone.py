@@ -74,8 +74,8 @@ def eva_g_blip2(pretrained: bool = False, **kwargs):
     return _create_eva("eva_g_blip2", pretrained=pretrained, **{**size, "global_pool": "token", **kwargs})
 
 
-# Bytes that a head and its loss take for each token of the ViT: more than benchmarks/memory.py computes for
-# segmentation with 100 objects
+# Bytes that a head and its loss take for each token of the ViT: benchmarks/memory.py computes 284,000
+# for segmentation with 100 objects
 HEAD_PER_TOKEN = 500_000
 
 
