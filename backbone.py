@@ -158,7 +158,7 @@ class Backbone(nn.Module):
 
     def fewest_blocks(self, B: int, N: int) -> int:
         """How many blocks must be recomputed for a step of stage 2 with (B, N) tokens to fit in `memory`."""
-        if not self.memory:
+        if self.memory <= 0:
             return len(self.vit.blocks)
         self.kept_per_token = self.kept_per_token or self._kept_per_token()
         # Every block keeps its input, fp32 behind a LayerNorm; three are for the block in hand and gradients

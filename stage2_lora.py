@@ -106,7 +106,8 @@ def main() -> None:
             )
             trained |= {f"{task}.{name}": parameter for name, parameter in head.named_parameters()}
             T[task] = common.parallel(head, ranks.device)
-    backbone.memory = ranks.free_memory()
+    moments = 8 * sum(p.numel() for p in trained.values())  # AdamW's, which come with the first step
+    backbone.memory = ranks.free_memory() - moments
 
     # --- optimizer
     optimizer = common.sharded_adamw(groups)
