@@ -74,6 +74,11 @@ def eva_g_blip2(pretrained: bool = False, **kwargs):
     return _create_eva("eva_g_blip2", pretrained=pretrained, **{**size, "global_pool": "token", **kwargs})
 
 
+# Bytes that a head and its loss take for each token of the ViT: benchmarks/memory.py computes 284,000
+# for segmentation with 100 objects
+HEAD_PER_TOKEN = 500_000
+
+
 class Features(NamedTuple):
     """What every head receives, float32.
 
@@ -103,7 +108,10 @@ class Backbone(nn.Module):
             raise ValueError(
                 f"--model {name}: neither {', '.join(TIMM_NAMES)}, eva_mini nor a model that timm has"
             )
-        self.name, self.use_cls, self.recompute = name, use_cls, False
+        self.name, self.use_cls = name, use_cls
+        self.recompute: int | None = 0  # how many of the first blocks are computed again in the backward pass
+        self.memory = 0.0  # bytes that a step may take, for recompute None: as few blocks as these ask
+        self.kept_per_token = 0.0
         options = dict(pretrained=pretrained, num_classes=0, global_pool="", dynamic_img_size=True)
         try:
             self.vit = timm.create_model(timm_name, **options)
@@ -133,14 +141,46 @@ class Backbone(nn.Module):
         if valid is not None:  # padding is never a key, so an image's features do not depend on its batch
             mask = F.pad(valid.flatten(1), (x.shape[1] - H * W, 0), value=True)[:, None, None]  # (B, 1, 1, N)
         where = {"attn_mask": mask} if rope is None else {"attn_mask": mask, "rope": rope}
-        for block in self.vit.blocks:
-            if self.recompute and torch.is_grad_enabled():
+        recompute = self.fewest_blocks(*x.shape[:2]) if self.recompute is None else self.recompute
+        for i, block in enumerate(self.vit.blocks):
+            if i < recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, **where)
             else:
                 x = block(x, **where)
         x = self.vit.norm(x).float()
         grid = x[:, -H * W :].transpose(1, 2).unflatten(2, (H, W))  # (B, D, H, W)
         return Features(x[:, 0] if self.has_cls else None, grid, valid)
+
+    def compile_blocks(self) -> None:
+        """torch.compile each block in place, for any number of tokens; names and files stay as they are."""
+        for block in self.vit.blocks:
+            block.compile(dynamic=True)
+
+    def fewest_blocks(self, B: int, N: int) -> int:
+        """How many blocks must be recomputed for a step of stage 2 with (B, N) tokens to fit in `memory`."""
+        if self.memory <= 0:
+            return len(self.vit.blocks)
+        self.kept_per_token = self.kept_per_token or self._kept_per_token()
+        # Every block keeps its input, fp32 behind a LayerNorm; three are for the block in hand and gradients
+        always = 4 * self.dim * len(self.vit.blocks) + 3 * self.kept_per_token + HEAD_PER_TOKEN
+        left = self.memory - B * N * always
+        return max(0, len(self.vit.blocks) - max(0, int(left / (B * N * self.kept_per_token))))
+
+    def _kept_per_token(self) -> float:
+        """Bytes that the backward pass keeps of a block for each token, counted on the last one."""
+        own = {p.untyped_storage().data_ptr() for p in self.parameters()}
+        block, weight, kept, N = self.vit.blocks[-1].forward, self.vit.patch_embed.proj.weight, {}, 1024
+
+        def pack(t: Tensor) -> Tensor:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.no_grad():
+            x = block(torch.zeros(1, N, self.dim, dtype=weight.dtype, device=weight.device))
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            out = block(x.requires_grad_())  # its graph holds what is counted: no address is used twice
+        del out
+        return sum(size for address, size in kept.items() if address not in own) / N
 
     @property
     def has_cls(self) -> bool:

@@ -34,6 +34,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Options that may differ between a run and its resumption
 MAY_CHANGE = {"out", "resume", "coco", "captions", "workers", "log_every", "save_every", "exclude_images"}
 MAY_CHANGE |= {"skip_bad_images"}  # what stopped a run is passed over when it goes on
+MAY_CHANGE |= {"checkpoint_blocks"}  # the same numbers, bit for bit
 MAY_CHANGE |= {"train", "test", "limit"}  # of eval_ocr.py
 
 
@@ -64,6 +65,8 @@ def add_training_options(p: argparse.ArgumentParser) -> None:
         "type of the frozen ViT (auto: bf16 on GPUs that have it, else fp16; CPU: fp32); what trains is fp32"
     )
     add("--backbone-dtype", choices=["auto", *DTYPES], default="auto", help=dtypes)
+    compiled = "torch.compile the ViT's blocks: some minutes at first, and other roundings of the same sums"
+    add("--compile", action="store_true", help=compiled)
     add("--no-cls", action="store_true", help="no [CLS] in the sequence (the authors' release)")
     add("--imagenet-norm", action="store_true", help="ImageNet's mean and std (the release), not the model's")
     add("--exclude-images", metavar="FILE", help="ids to leave out, or a Karpathy JSON (its test and val)")
@@ -123,6 +126,10 @@ class Ranks:
     def seed(self, seed: int, step: int) -> None:
         """What follows depends on these alone. Call it after fetching data: a new loader draws numbers."""
         torch.manual_seed((seed << 40) + step * self.world + self.rank)
+
+    def free_memory(self) -> float:
+        """Bytes of this rank's GPU that a step may take, less a part for fragments; none on a CPU."""
+        return 0.85 * torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 0.0
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)

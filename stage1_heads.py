@@ -57,6 +57,8 @@ def main() -> None:
     backbone = vit.load(args.model, args.weights, ranks.dtype, ranks.device, args.seed, not args.no_cls)
     if args.imagenet_norm:
         backbone.mean, backbone.std = vit.IMAGENET_NORM
+    if args.compile:
+        backbone.compile_blocks()
     # Alg. 1, line 1: initialize an in-domain task head T_n and freeze M (a Backbone is always frozen)
     torch.manual_seed(args.seed)
     head = heads.HEADS[args.task](backbone.dim, dataset.classes).to(ranks.device).train()

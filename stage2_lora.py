@@ -49,7 +49,11 @@ def main() -> None:
     add("--iters", type=int, default=50_000, help="steps (Sec. 4.2: 50k)")
     add("--batch", nargs="+", default=[], metavar="N|TASK=N", help="per process (Sec. 4.2: 1; captioning 8)")
     add("--lr", type=float, default=1e-5, help="peak learning rate of LoRA (Sec. 4.2: 1e-5)")
-    add("--no-recompute", action="store_true", help="keep all activations: no gradient checkpointing")
+    blocks = (
+        "recompute so many of the first blocks in the backward pass (Sec. 4.2: checkpointing; 0 = none; "
+        "auto: as few as the GPU's memory asks, CPU: all); the gradients are the same"
+    )
+    add("--checkpoint-blocks", default="auto", metavar="N|auto", help=blocks)
     add("--out", default="out/visft", help="folder for all that this run writes")
     add("--save-every", type=int, default=5000, help="steps between checkpoints (Sec. 4.2: 5k)")
     common.add_training_options(p)
@@ -59,6 +63,8 @@ def main() -> None:
     common.check_training_options(args)
     if args.rank < 1 or not args.lora_alpha > 0 or not args.head_lr_ratio >= 0:
         raise ValueError("--rank must be at least 1, --lora-alpha positive, --head-lr-ratio at least 0")
+    if args.checkpoint_blocks != "auto" and not args.checkpoint_blocks.isdecimal():
+        raise ValueError(f"--checkpoint-blocks {args.checkpoint_blocks}: expected auto or a number of blocks")
     head_files = {task: heads.find(args.heads, task, common.features_of(args)) for task in args.tasks}
     for task in args.tasks:
         annotation_file(task, args)
@@ -72,7 +78,6 @@ def main() -> None:
 
     # --- model
     backbone = vit.load(args.model, args.weights, ranks.dtype, ranks.device, args.seed, not args.no_cls)
-    backbone.recompute = not args.no_recompute  # gradient checkpointing (Sec. 4.2)
     task_heads = {task: heads.load(path, backbone.dim).to(ranks.device) for task, path in head_files.items()}
     if args.imagenet_norm:
         backbone.mean, backbone.std = vit.IMAGENET_NORM
@@ -86,6 +91,10 @@ def main() -> None:
         lora.attach(backbone.vit, args.rank, args.lora_alpha)
         trained = lora.parameters(backbone.vit)
     groups = [{"params": list(trained.values()), "peak": args.lr}]
+    # Sec. 4.2: gradient checkpointing. The gradients are the same, bit for bit, for any number of blocks
+    backbone.recompute = None if args.checkpoint_blocks == "auto" else int(args.checkpoint_blocks)
+    if args.compile:
+        backbone.compile_blocks()
     M = common.parallel(backbone, ranks.device)
     T = {
         task: head.requires_grad_(False).eval() for task, head in task_heads.items()
@@ -97,6 +106,8 @@ def main() -> None:
             )
             trained |= {f"{task}.{name}": parameter for name, parameter in head.named_parameters()}
             T[task] = common.parallel(head, ranks.device)
+    moments = 8 * sum(p.numel() for p in trained.values())  # AdamW's, which come with the first step
+    backbone.memory = ranks.free_memory() - moments
 
     # --- optimizer
     optimizer = common.sharded_adamw(groups)

@@ -143,7 +143,7 @@ def recomputing(depth: int, rank: int, recompute: bool) -> tuple[int, int]:
     backbone = Backbone("eva_mini")
     backbone.vit.blocks = nn.ModuleList(copy.deepcopy(backbone.vit.blocks[0]) for _ in range(depth))
     lora.attach(backbone.vit, rank)
-    backbone.recompute = recompute
+    backbone.recompute = depth if recompute else 0
     images = torch.randn(2, 3, 224, 224)
     return kept_bytes(backbone, lambda: backbone(images).grid), 4 * 2 * 257 * backbone.dim
 

@@ -77,7 +77,8 @@ class DeformableAttention(nn.Module):
 
         x = (x + pos).transpose(1, 2)  # (B, dim, N)
         at = across(self.sampling_offsets, x).view(B * self.heads, self.points, 2, N).transpose(2, 3)
-        at = at * x.new_tensor((2 / W, 2 / H)) + centres.flatten(0, 1)  # (B * heads, points, N, 2) in (-1, 1)
+        patch = torch.stack([x.new_full((), 2 / n) for n in (W, H)])  # new_tensor would wait for the GPU
+        at = at * patch + centres.flatten(0, 1)  # (B * heads, points, N, 2) in (-1, 1)
         weights = across(self.attention_weights, x).view(B * self.heads, 1, self.points, N).softmax(2)
 
         read = F.grid_sample(value, at, align_corners=False)  # (B * heads, dim / heads, points, N)

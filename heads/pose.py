@@ -94,7 +94,8 @@ class Pose(nn.Module):
         Gaussian reaches into the heat map has weight 1, else 0.
         """
         h, w = size
-        scale = keypoints.new_tensor([(w - 1) / (crop[1] - 1), (h - 1) / (crop[0] - 1)])
+        scales = (w - 1) / (crop[1] - 1), (h - 1) / (crop[0] - 1)
+        scale = torch.stack([keypoints.new_full((), s) for s in scales])  # new_tensor would wait for the GPU
         at = keypoints[..., :2] * scale  # (B, K, 2) in pixels of the heat map
         near, reach = (at + 0.5).floor(), round(3 * self.sigma)
         weight = (keypoints[..., 2] > 0) & (near >= -reach).all(-1)

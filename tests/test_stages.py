@@ -248,6 +248,19 @@ def test_head_lr_ratio_trains_the_heads_too(scenes, head, tmp_path, run, monkeyp
     assert all(not torch.equal(after[name], value) for name, value in before.items() if "class_embed" in name)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler, g++")
+def test_compiled_blocks_compute_the_same_and_files_keep_their_names(scenes, head, tmp_path, run):
+    """Within 1e-4: other roundings of the same sums."""
+    for out, more in (("plain", []), ("compiled", ["--compile"])):
+        code, *_ = run(
+            "stage2_lora", *stage2(scenes, tmp_path / out, head, iters=2, **{"log-every": 1}), *more
+        )
+        assert code == 0
+    plain, compiled = (load_file(tmp_path / out / "lora.safetensors") for out in ("plain", "compiled"))
+    assert plain.keys() == compiled.keys()
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
+
+
 def test_a_non_finite_loss_stops_naming_step_task_and_images(scenes, head, tmp_path, run, monkeypatch):
     from heads.detr import Detr
 
@@ -305,6 +318,7 @@ def refusals(scenes, head, tmp: Path) -> list[tuple]:
         ("stage2_lora", [*two, "--tasks", "detection", "detection"], "twice"),
         ("stage2_lora", [*two, "--batch", "pose=1"], "--batch pose=1"),
         ("stage2_lora", [*two, "--rank", 0], "--rank"),
+        ("stage2_lora", [*two, "--checkpoint-blocks", "some"], "expected auto or a number"),
         ("stage2_lora", [*two, "--no-cls"], "trained with no_cls False, not True"),
         ("stage2_lora", [*two, "--model", "eva_g"], "trained with backbone eva_mini, not eva_g"),
         ("stage2_lora", [*two, "--heads", ROOT / "README.md"], "not one of our head files"),
