@@ -38,6 +38,7 @@ QUICK = {  # the shortest run that still goes everywhere
     "goi": ["--features", 1000, "--epochs", 1],
     "loaders": ["--iters", 8, "--image-scale", 0.2],
     "lora": ["--reps", 2],
+    "memory": ["--models", "eva_mini", "--blocks", 0],
     "mask2former": ["--side", 16, "--repeats", 1],
     "ocr": ["--words", 20, "--rounds", 1, "--steps", 1],
     "overfit": ["--iters", 1, "--side", 112],
