@@ -1,6 +1,8 @@
 """The miniature's tables: differences and intervals by hand, what its runs need, the page it fills."""
 
+import collections
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ from scipy import stats
 import backbone as vit
 import lora
 from demo import miniature, world
+from tests.test_demo import STUB
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -144,3 +147,50 @@ def test_errors_are_one_line(tmp_path):
     command = [sys.executable, ROOT / "demo" / "miniature.py", "report", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "holds no results" in done.stderr and "Traceback" not in done.stderr
+
+
+MORE = r"""
+case "$1 $2" in
+    "demo/miniature.py twice" | "demo/miniature.py graft") touch "$4" ;;
+    "demo/miniature.py shuffle")
+        mkdir -p "$4/annotations" && touch "$4"/annotations/captions_train2017.json ;;
+    demo/world.py*) mkdir -p "$2/goi" && touch "$2/goi/val.jsonl" ;;
+esac
+[[ -n $FAIL && $* == *$FAIL* ]] && { echo "out of luck"; exit 1; }
+"""
+
+
+def test_the_runs_are_all_made_once_and_a_failure_stops_them(tmp_path):
+    """Two seeds of the main effect, one of the rows; which commands are called, after a failure and again."""
+    (tmp_path / "bin").mkdir()
+    first, rest = STUB.split("case $1", 1)
+    stub = first + MORE + "case $1" + rest + "touch M.safetensors eva_mini_clip.safetensors\n"
+    (tmp_path / "bin" / "python").write_text(stub)
+    (tmp_path / "bin" / "python").chmod(0o755)
+
+    def calls(fail: str = "") -> tuple[subprocess.CompletedProcess, list[str]]:
+        log = tmp_path / "calls.txt"
+        log.write_text("")
+        seeds = dict(SEEDS="2", ROW_SEEDS="1", CALLS=str(log), STOP="0", FAIL=fail)
+        env = {**os.environ, **seeds, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+        command = ["bash", "runs/miniature.sh", tmp_path / "out"]
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+        return done, log.read_text().replace(str(tmp_path / "out"), "OUT").splitlines()
+
+    failed, before = calls(fail="--rank 16")
+    assert failed.returncode == 1 and "goes on from here" in failed.stderr
+    assert "rows/rank16/seed0/visft/log.txt" in failed.stderr and "report OUT" not in before[-1]
+    assert "out of luck" in (tmp_path / "out/rows/rank16/seed0/visft/log.txt").read_text()
+    done, after = calls()
+    assert done.returncode == 0, done.stderr
+    made = [line for line in before if "--rank 16" not in line] + after
+    counts = collections.Counter(line.split()[0] for line in made)
+    trained = collections.Counter(line for line in made if line.startswith("stage2_lora.py"))
+    assert max(trained.values()) == 1
+    assert counts["stage2_lora.py"] == 2 + 16 + 1 + 5  # seeds, rows, full, settings
+    assert counts["eval_ocr.py"] == 2 and counts["demo/pretrain.py"] == 1
+    assert counts["stage1_heads.py"] == 3 + 2 + 3  # the demo's, Table 12's, those that are not trained
+    assert "--coco OUT/shuffled" in str(made) and "--heads OUT/random" in str(made)
+    done, again = calls()
+    assert done.returncode == 0
+    assert again == ["demo/report.py OUT/demo", "demo/miniature.py report OUT"]
