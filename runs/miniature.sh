@@ -3,11 +3,11 @@
 # that the paper lacks. Fills demo/README.md with what it measures.
 #
 #     runs/miniature.sh [OUT]              # OUT is out/miniature
-#     PARTS="main fault" runs/miniature.sh # the main effect alone; PARTS: main fault steps rows choose
+#     PARTS="main fault" runs/miniature.sh # the main effect alone; PARTS: main fault rows steps choose
 #
 # What is done is not repeated: after an interruption the same command goes on where it stopped.
 set -euo pipefail
-OUT=${1:-${OUT:-out/miniature}} SEEDS=${SEEDS:-5} ROW_SEEDS=${ROW_SEEDS:-3} PARTS=" ${PARTS:-main fault steps rows choose} "
+OUT=${1:-${OUT:-out/miniature}} SEEDS=${SEEDS:-5} ROW_SEEDS=${ROW_SEEDS:-3} PARTS=" ${PARTS:-main fault rows steps choose} "
 MINIATURE=$OUT
 echo "== On two cores the main effect takes some 40 minutes, all parts some 90; $SEEDS seeds, rows and controls $ROW_SEEDS"
 STARTED=$SECONDS
@@ -107,6 +107,41 @@ if part fault; then
     ended fault
 fi
 
+if part rows; then
+    # Heads that are none: one step at no rate
+    head() { # head FOLDER TASK OPTIONS...
+        once "$1/$2.safetensors" python stage1_heads.py --task "$2" "${TRAIN[@]}" --workers 0 "${@:3}" --out "$1"
+    }
+    for task in "${TASKS[@]}"; do
+        both head "$OUT/random/$task" "$task" --iters 1 --warmup 0 --lr 1e-12 --batch 2
+    done
+    both once "$OUT/shuffled/annotations/captions_train2017.json" python demo/miniature.py shuffle "$WORLD/coco" \
+        "$OUT/shuffled"
+    all_done
+    scaled() { echo --rank "$1" --lora-alpha "$1"; } # the same scale, 1
+    rows heads0.1 --head-lr-ratio 0.1 # Table 11
+    rows heads1 --head-lr-ratio 1
+    rows random_heads --heads "$OUT/random" # controls
+    rows shuffled_labels --coco "$OUT/shuffled"
+    for ((seed = 0; seed < ROW_SEEDS; seed++)); do both full "$seed"; both more_clip "$seed"; done
+    rows no_detection --tasks segmentation captioning --batch segmentation=1 captioning=8 # Table 12
+    rows no_segmentation --tasks detection captioning --batch detection=2 captioning=8
+    rows no_captioning --tasks detection segmentation --batch detection=2 segmentation=1
+    rows rank4 $(scaled 4) # Table 9
+    rows rank16 $(scaled 16)
+    rows rank64 $(scaled 64)
+    rows data25 --data-fraction 0.25 # Table 10
+    rows data50 --data-fraction 0.5
+    both head "$OUT/pose" pose --iters 200 --batch 16 --lr 1e-3
+    both head "$OUT/panoptic" panoptic "${SEGMENTATION[@]}"
+    all_done
+    rows with_pose --tasks "${TASKS[@]}" pose --heads "$MAIN" "$OUT"
+    rows panoptic --tasks detection panoptic captioning --heads "$MAIN" "$OUT" --batch detection=2 panoptic=1 captioning=8
+    rows alpha2 --lora-alpha 2 # curves
+    rows alpha32 --lora-alpha 32
+    ended rows
+fi
+
 # The paper's checkpoints: gain against steps
 if part steps; then
     for ((step = 50; step < ITERS; step += 50)); do
@@ -116,40 +151,6 @@ if part steps; then
         done
     done
     ended steps
-fi
-
-if part rows; then
-    # More heads of stage 1, and heads that are none: one step at no rate
-    head() { # head FOLDER TASK OPTIONS...
-        once "$1/$2.safetensors" python stage1_heads.py --task "$2" "${TRAIN[@]}" --workers 0 "${@:3}" --out "$1"
-    }
-    both head "$OUT/pose" pose --iters 200 --batch 16 --lr 1e-3
-    both head "$OUT/panoptic" panoptic "${SEGMENTATION[@]}"
-    for task in "${TASKS[@]}"; do
-        both head "$OUT/random/$task" "$task" --iters 1 --warmup 0 --lr 1e-12 --batch 2
-    done
-    both once "$OUT/shuffled/annotations/captions_train2017.json" python demo/miniature.py shuffle "$WORLD/coco" \
-        "$OUT/shuffled"
-    all_done
-    scaled() { echo --rank "$1" --lora-alpha "$1"; } # the same scale, 1
-    rows rank4 $(scaled 4) # Table 9
-    rows rank16 $(scaled 16)
-    rows rank64 $(scaled 64)
-    rows data25 --data-fraction 0.25 # Table 10
-    rows data50 --data-fraction 0.5
-    rows heads0.1 --head-lr-ratio 0.1 # Table 11
-    rows heads1 --head-lr-ratio 1
-    rows with_pose --tasks "${TASKS[@]}" pose --heads "$MAIN" "$OUT" # Table 12
-    rows panoptic --tasks detection panoptic captioning --heads "$MAIN" "$OUT" --batch detection=2 panoptic=1 captioning=8
-    rows no_detection --tasks segmentation captioning --batch segmentation=1 captioning=8
-    rows no_segmentation --tasks detection captioning --batch detection=2 captioning=8
-    rows no_captioning --tasks detection segmentation --batch detection=2 segmentation=1
-    rows random_heads --heads "$OUT/random" # controls
-    rows shuffled_labels --coco "$OUT/shuffled"
-    for ((seed = 0; seed < ROW_SEEDS; seed++)); do both full "$seed"; both more_clip "$seed"; done
-    rows alpha2 --lora-alpha 2 # curves
-    rows alpha32 --lora-alpha 32
-    ended rows
 fi
 
 # Settings of stage 2, on a world that nothing else sees
