@@ -67,8 +67,9 @@ HEADINGS = ["GOI top-1", "zero-shot top-1", "the same, shifted", "image to text 
 
 def shuffle(coco: Path, out: Path) -> None:
     """OUT: COCO's training split, each image with another's annotations, scaled to its size."""
-    (out / "annotations").mkdir(parents=True)
-    (out / "train2017").symlink_to(os.path.relpath(coco / "train2017", out))
+    (out / "annotations").mkdir(parents=True, exist_ok=True)
+    if not (out / "train2017").is_symlink():
+        (out / "train2017").symlink_to(os.path.relpath(coco / "train2017", out))
     for kind in ("instances", "captions"):
         content = json.loads((coco / "annotations" / f"{kind}_train2017.json").read_text())
         ids = [image["id"] for image in content["images"]]
