@@ -197,7 +197,10 @@ def rows_block(out: Path, main: list[dict]) -> list[str]:
             if runs:
                 cells = [told(differences(main, runs, key)) for key in SHORT]
                 lines.append([name.replace("_", " "), str(len(runs)), *cells])
-    return table(["", "seeds", *HEADINGS], lines)
+    everything = dict.fromkeys(name for names in ROWS.values() for name in names if name != "default")
+    missing = [name.replace("_", " ") for name in everything if not seeds_of(out / "rows" / name)]
+    left = [f"Not run yet: {', '.join(missing)}.", ""] if missing else []
+    return table(["", "seeds", *HEADINGS], lines) + left
 
 
 def against_default(out: Path, main: list[dict]) -> list[str]:
@@ -236,7 +239,9 @@ def choice_block(out: Path) -> list[str]:
         keys = [("zeroshot", "plain", "acc1"), ("retrieval", "coco", "TR@1"), ("retrieval", "coco", "IR@1")]
         values = [next(v for v in found[key].values() if v is not None) for key in keys]
         lines.append((statistics.mean(values), folder.parent.name.replace("_", " "), values))
-    best = max(lines)[0] if lines else None
+    if not lines:
+        return ["Not run yet.", ""]
+    best = max(lines)[0]
     rows = [
         [name + (" (best)" if mean == best else ""), *(f"{v:.1f}" for v in values), f"{mean:.1f}"]
         for mean, name, values in lines
@@ -271,7 +276,7 @@ def curves(out: Path, main: list[dict], path: Path) -> None:
             )
         axis.set_xticks(range(len(at)), map(str, at))
         axis.axhline(0, color="gray", lw=0.8)
-        axis.set_xlabel(label)
+        axis.set_xlabel(label if len(at) > 1 else f"{label}: others not run yet")
     axes[0].set_ylabel("after - before, points")
     axes[1].legend(fontsize=7)
     figure.tight_layout()
