@@ -121,9 +121,13 @@ def scores(folder: Path) -> dict[tuple, dict]:
     return found
 
 
-def differences(main: list[dict], runs: list[dict], key: tuple, side: str = "after") -> list[float]:
-    """What each seed's run adds to M without dW, which the same seed of the main effect has scored."""
-    return [run[key][side] - base[key]["before"] for base, run in zip(main, runs, strict=False) if key in run]
+def differences(main: list[dict], runs: list[dict], key: tuple) -> list[float]:
+    """What each seed's run adds to M without dW, which the same seed of the main effect has scored.
+
+    A run of another M has no dW: its scores are its `before`.
+    """
+    pairs = [(base[key]["before"], run[key]) for base, run in zip(main, runs, strict=False) if key in run]
+    return [(r["before"] if r["after"] is None else r["after"]) - before for before, r in pairs]
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -173,7 +177,7 @@ def knows_block(main: list[dict]) -> list[str]:
 
 
 def main_block(main: list[dict], side: list[dict] | None = None) -> list[str]:
-    """The main effect; side: what the same dW gives under a planted fault."""
+    """The main effect; side: the runs of the same dW under a planted fault."""
     lines = []
     for evaluation, metric, title in METRICS:
         for key in (k for k in main[0] if k[0] == evaluation and k[2] == metric and k[1] != "shifted"):
@@ -182,9 +186,10 @@ def main_block(main: list[dict], side: list[dict] | None = None) -> list[str]:
             line = [title + named, f"{statistics.mean(before):.1f}", f"{statistics.mean(after):.1f}"]
             line.append(told(differences(main, main, key)))
             if side is not None:
-                line.append(told(differences(main, side, key)) if key in side[0] else "-")
+                pairs = zip(differences(main, side, key), differences(main, main, key), strict=False)
+                line.append(told([a - b for a, b in pairs]) if key in side[0] else "-")
             lines.append(line)
-    fault = [] if side is None else ["difference with the fault"]
+    fault = [] if side is None else ["the fault, less without it"]
     return table(["", "before", "after", "difference, 95%", *fault], lines)
 
 
@@ -256,7 +261,10 @@ def times_block(path: Path) -> list[str]:
         part, spent = line.split("\t")
         seconds[part] = seconds.get(part, 0) + int(spent)
     seconds["all"] = sum(seconds.values())
-    return table(["part", "minutes"], [[part, f"{spent / 60:.1f}"] for part, spent in seconds.items()])
+    return table(
+        ["part", "minutes, of starts that were not interrupted"],
+        [[part, f"{spent / 60:.1f}"] for part, spent in seconds.items()],
+    )
 
 
 def curves(out: Path, main: list[dict], path: Path) -> None:

@@ -108,7 +108,7 @@ more_clip() { # more_clip SEED: as many steps of contrastive pretraining as stag
 
 # The same dW at twice its scale, in evaluation only
 if part fault; then
-    for ((seed = 0; seed < ROW_SEEDS; seed++)); do
+    for ((seed = 0; seed < SEEDS; seed++)); do
         twice=$OUT/fault/seed$seed/lora.safetensors
         once "$twice" python demo/miniature.py twice "$MAIN/seed$seed/visft/lora.safetensors" "$twice"
         both score "$OUT/fault/seed$seed" "$seed" "$WORLD" "$twice"

@@ -58,6 +58,8 @@ def test_a_row_is_compared_with_the_same_seeds_before(tmp_path):
     assert miniature.differences(main, rank4, ("goi", "val", "top-1")) == [1.0, 5.0]
     assert miniature.differences(main, main, ("zeroshot", "shifted", "acc1")) == [2.0, 3.0, 4.0]
     line = next(line for line in miniature.rows_block(tmp_path, main) if line.startswith("| rank4 |"))
+    other = [{("goi", "val", "top-1"): {"before": 47.0, "after": None}}]  # another M, no dW
+    assert miniature.differences(main, other, ("goi", "val", "top-1")) == [7.0]
     assert line.split(" | ")[1:3] == ["2", "+3.0 ± 25.4"]  # 12.706 * sqrt(8) / sqrt(2)
 
 
@@ -82,7 +84,7 @@ def test_the_page_is_filled_and_filled_again(tmp_path):
     miniature.report(out, page)
     text = page.read_text()
     for line in (
-        "| zero-shot, top-1, plain | 41.0 | 44.0 | **+3.0** ± 2.5 | **-9.0** ± 2.5 |",
+        "| zero-shot, top-1, plain | 41.0 | 44.0 | **+3.0** ± 2.5 | **-12.0** ± 4.3 |",
         "| lr 1e-3 (best) | 50.0 | 20.0 | 20.0 | 30.0 |",
         "| rows | 2.0 |",
         "Not run yet: rank16, rank64, data25,",
