@@ -184,17 +184,8 @@ def save_attention(pixels: Tensor, maps: dict[str, np.ndarray], out: Path) -> No
     """One scale of brightness per column, so that before and after can be compared."""
     columns = {v: [m.mean(0), *m] for v, m in maps.items()}
     count = len(next(iter(columns.values())))
-    _, axes = plt.subplots(
-        len(maps),
-        count + 1,
-        figsize=(1.6 * (count + 1), 1.75 * len(maps)),
-        squeeze=False,
-        layout="constrained",
-    )
-    extent = (0, pixels.shape[2], pixels.shape[1], 0)
-    for row, (variant, shown) in zip(axes, columns.items(), strict=True):
-        row[0].imshow(pixels.permute(1, 2, 0))
-        row[0].set_title(variant, fontsize=9)
+    axes, extent = panels(pixels, list(maps), count, 1.6, 1.75)
+    for row, shown in zip(axes, columns.values(), strict=True):
         for k, (axis, values) in enumerate(zip(row[1:], shown, strict=True)):
             most = max(c[k].max() for c in columns.values())
             axis.imshow(pixels.float().mean(0), cmap="gray", extent=extent)
@@ -203,6 +194,16 @@ def save_attention(pixels: Tensor, maps: dict[str, np.ndarray], out: Path) -> No
             )
             axis.set_title(f"head {k}" if k else "mean of heads", fontsize=9)
     finish(axes, out)
+
+
+def panels(pixels: Tensor, variants: list[str], columns: int, width: float, height: float):
+    """Axes, a row for each variant with the picture before `columns` more; the extent of what covers it."""
+    size = (width * (columns + 1), height * len(variants))
+    _, axes = plt.subplots(len(variants), columns + 1, figsize=size, squeeze=False, layout="constrained")
+    for axis, variant in zip(axes[:, 0], variants, strict=True):
+        axis.imshow(pixels.permute(1, 2, 0))
+        axis.set_title(variant, fontsize=9)
+    return axes, (0, pixels.shape[2], pixels.shape[1], 0)
 
 
 def finish(axes: np.ndarray, out: Path) -> None:
@@ -360,17 +361,8 @@ def save_caption(pixels: Tensor, answers: dict, vocabulary: list[str], out: Path
     words = {v: [vocabulary[token] for token in answer["tokens"].tolist()] for v, answer in answers.items()}
     words = {variant: said[: -1 if said[-1] == "<end>" else None] for variant, said in words.items()}
     most = max(map(len, words.values()))
-    _, axes = plt.subplots(
-        len(answers),
-        most + 1,
-        figsize=(1.7 * (most + 1), 2.1 * len(answers)),
-        squeeze=False,
-        layout="constrained",
-    )
-    extent = (0, pixels.shape[2], pixels.shape[1], 0)
+    axes, extent = panels(pixels, list(answers), most, 1.7, 2.1)
     for row, (variant, answer) in zip(axes, answers.items(), strict=True):
-        row[0].imshow(pixels.permute(1, 2, 0))
-        row[0].set_title(variant, fontsize=9)
         for axis, word, weights in zip(row[1:], words[variant], answer["attention"].cpu(), strict=False):
             axis.imshow(pixels.float().mean(0), cmap="gray", extent=extent)
             axis.imshow(weights, cmap="inferno", alpha=0.6, extent=extent, interpolation="bilinear")

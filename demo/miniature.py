@@ -130,6 +130,11 @@ def differences(main: list[dict], runs: list[dict], key: tuple) -> list[float]:
     return [(r["before"] if r["after"] is None else r["after"]) - before for before, r in pairs]
 
 
+def against(main: list[dict], a: list[dict], b: list[dict], key: tuple) -> list[float]:
+    """What each seed's run of `a` scores more than the same seed's of `b`."""
+    return [x - y for x, y in zip(differences(main, a, key), differences(main, b, key), strict=False)]
+
+
 def interval(values: list[float]) -> tuple[float, float]:
     """Mean of n values and half of its 95% interval (Student's t, n - 1 degrees of freedom)."""
     if len(values) < 2:
@@ -152,6 +157,15 @@ def seeds_of(folder: Path) -> list[dict]:
     """The scores of each seed's folder, in the seeds' order; only of those that are complete."""
     found = [scores(path) for path in sorted(folder.glob("seed*"), key=lambda p: int(p.name[4:]))]
     return [s for s in found if ("retrieval", "coco", "IR@5") in s]
+
+
+def told_of(main: list[dict]) -> list[tuple[tuple, str]]:
+    """(evaluation, set, metric) and its title, of all that the main effect is told in."""
+    found = []
+    for evaluation, metric, title in METRICS:
+        for key in (k for k in main[0] if (k[0], k[2]) == (evaluation, metric) and k[1] != "shifted"):
+            found.append((key, title if evaluation in ("goi", "retrieval") else f"{title}, {key[1]}"))
+    return found
 
 
 # --- the blocks of demo/README.md
@@ -179,16 +193,12 @@ def knows_block(main: list[dict]) -> list[str]:
 def main_block(main: list[dict], side: list[dict] | None = None) -> list[str]:
     """The main effect; side: the runs of the same dW under a planted fault."""
     lines = []
-    for evaluation, metric, title in METRICS:
-        for key in (k for k in main[0] if k[0] == evaluation and k[2] == metric and k[1] != "shifted"):
-            before, after = ([s[key][v] for s in main] for v in ("before", "after"))
-            named = "" if evaluation in ("goi", "retrieval") else f", {key[1]}"
-            line = [title + named, f"{statistics.mean(before):.1f}", f"{statistics.mean(after):.1f}"]
-            line.append(told(differences(main, main, key)))
-            if side is not None:
-                pairs = zip(differences(main, side, key), differences(main, main, key), strict=False)
-                line.append(told([a - b for a, b in pairs]) if key in side[0] else "-")
-            lines.append(line)
+    for key, title in told_of(main):
+        before, after = (statistics.mean(s[key][v] for s in main) for v in ("before", "after"))
+        line = [title, f"{before:.1f}", f"{after:.1f}", told(differences(main, main, key))]
+        if side is not None:
+            line.append(told(against(main, side, main, key)) if key in side[0] else "-")
+        lines.append(line)
     fault = [] if side is None else ["the fault, less without it"]
     return table(["", "before", "after", "difference, 95%", *fault], lines)
 
@@ -214,8 +224,7 @@ def against_default(out: Path, main: list[dict]) -> list[str]:
     for name in dict.fromkeys(n for names in ROWS.values() for n in names if n != "default"):
         runs, found = seeds_of(out / "rows" / name), []
         for key, heading in zip(SHORT, HEADINGS, strict=True) if len(runs) > 1 else ():
-            pairs = zip(differences(main, runs, key), differences(main, main, key), strict=False)
-            mean, half = interval([a - b for a, b in pairs])
+            mean, half = interval(against(main, runs, main, key))
             if abs(mean) > half:
                 found.append(f"{heading} {mean:+.1f} ± {half:.1f}")
         if runs:
@@ -228,11 +237,10 @@ def against_default(out: Path, main: list[dict]) -> list[str]:
 def verdict(main: list[dict]) -> list[str]:
     """Which way each metric of the main effect went, by its interval."""
     groups = {"raises": [], "lowers": [], "leaves undecided": []}
-    for evaluation, metric, title in METRICS:
-        for key in (k for k in main[0] if k[0] == evaluation and k[2] == metric and k[1] != "shifted"):
-            mean, half = interval(differences(main, main, key))
-            way = "leaves undecided" if abs(mean) <= half else "raises" if mean > 0 else "lowers"
-            groups[way].append(title + ("" if evaluation in ("goi", "retrieval") else f" ({key[1]})"))
+    for key, title in told_of(main):
+        mean, half = interval(differences(main, main, key))
+        way = "leaves undecided" if abs(mean) <= half else "raises" if mean > 0 else "lowers"
+        groups[way].append(title)
     return [f"- Stage 2 {way}: {'; '.join(names) or 'nothing'}." for way, names in groups.items()] + [""]
 
 
@@ -294,15 +302,14 @@ def curves(out: Path, main: list[dict], path: Path) -> None:
 
 def forest(main: list[dict], path: Path) -> None:
     """The main effect: a dot for each seed, mean and interval."""
-    keys = [(k, t) for e, m, t in METRICS for k in main[0] if k[0] == e and k[2] == m and k[1] != "shifted"]
+    keys = told_of(main)
     figure, axis = plt.subplots(figsize=(7.5, 0.26 * len(keys) + 0.8))
     for y, (key, _) in enumerate(reversed(keys)):
         values = differences(main, main, key)
         mean, half = interval(values)
         axis.plot(values, [y] * len(values), ".", color="silver")
         axis.errorbar(mean, y, xerr=half, color="black", marker="o", ms=4, capsize=2)
-    names = [t + ("" if k[0] in ("goi", "retrieval") else f", {k[1]}") for k, t in reversed(keys)]
-    axis.set_yticks(range(len(keys)), names, fontsize=8)
+    axis.set_yticks(range(len(keys)), [title for _, title in reversed(keys)], fontsize=8)
     axis.axvline(0, color="gray", lw=0.8)
     axis.set_xlabel("after - before, points")
     figure.tight_layout()

@@ -47,7 +47,7 @@ SCALE=(--image-scale 0.25) # long sides: detection 168 px, segmentation 252, cap
 RESUME=(--resume --save-every 50)
 TRAIN=("${M[@]}" --coco "$WORLD/coco" "${SCALE[@]}" --warmup 20 --log-every 10 --workers 1 "${RESUME[@]}")
 SEGMENTATION=(--iters 360 --batch 2 --lr 5e-4)
-# What stage 2 needs; chosen on another world, see demo/README.md
+# What stage 2 needs; runs/miniature.sh tries others on another world
 ITERS=150 ALPHA=8
 STAGE2=("${TRAIN[@]}" --iters "$ITERS" --batch detection=2 segmentation=1 captioning=8 --rank 8
     --lora-alpha "$ALPHA" --lr 1e-3)

@@ -101,8 +101,8 @@ full() { # full SEED: all of M is tuned, at a tenth of LoRA's rate
 more_clip() { # more_clip SEED: as many steps of contrastive pretraining as stage 2 has, from the same M
     local run=$OUT/rows/more_clip/seed$1
     once "$run/clip/eva_mini_clip.safetensors" python demo/pretrain.py --weights demo/eva_mini_clip.safetensors \
-        --steps "$ITERS" --decay "$((ITERS / 2))" --lr 1e-4 --patch-dropout 0 --batch 32 --pictures "$((ITERS * 32))" --seed "$((100 + $1))" \
-        --out "$run/clip"
+        --steps "$ITERS" --decay "$((ITERS / 2))" --lr 1e-4 --patch-dropout 0 --batch 32 --pictures "$((ITERS * 32))" \
+        --seed "$((100 + $1))" --resume --out "$run/clip"
     score "$run" "$1" "$WORLD" none "$run/clip/eva_mini_clip.safetensors" "$run/clip/eva_mini_clip.safetensors"
 }
 

@@ -92,7 +92,7 @@ def test_the_page_is_filled_and_filled_again(tmp_path):
         "image to text R@5 -1.5 ± 1.2; text to image R@5 -1.5 ± 1.2",
     ):
         assert line in text
-    assert "- Stage 2 raises: GOI, top-1; GOI, top-5; zero-shot, top-1 (plain)" in text
+    assert "- Stage 2 raises: GOI, top-1; GOI, top-5; zero-shot, top-1, plain" in text
     assert (tmp_path / "main.png").stat().st_size > 5000 and (tmp_path / "curves.png").stat().st_size > 5000
     miniature.report(out, page)
     assert page.read_text() == text
