@@ -4,10 +4,10 @@
 
 Detection: D = 1408, 48 x 48 patches (672 px), 7 to 20 targets an image. transformers' DETR has one width; its
 encoder and decoder layers (fused attention), its position code and its loss are put into our head's shape
-with our weights, and without dropout both give the same loss. Products of 2,304 tokens limit both; the loss
-and its matching have a table of their own (detr_loss.py). Pose: 8 crops of 18 x 14 patches; transformers'
-ViTPose has a decoder, but no loss: it gets the squared error to heat maps at hand, ours makes them, too. Its
-transposed convolutions limit both. Interleaved; medians.
+with our weights and dropout, and without dropout both give the same loss. Products of 2,304 tokens limit
+both; the loss and its matching have a table of their own (detr_loss.py). Pose: 8 crops of 18 x 14 patches;
+transformers' ViTPose has a decoder, but no loss: it gets the squared error to heat maps at hand, ours makes
+them, too. Its transposed convolutions limit both. Interleaved; medians.
 """
 
 import argparse
@@ -64,9 +64,9 @@ class Theirs(nn.Module):
         self.head = copy.deepcopy(ours)
         kinds = {"encoder": (hf.DetrEncoderLayer, 128), "decoder": (hf.DetrDecoderLayer, 256)}
         for name, (kind, width) in kinds.items():
-            config = transformers.DetrConfig(
-                d_model=width, encoder_ffn_dim=1024, decoder_ffn_dim=1024, attn_implementation="sdpa"
-            )
+            sizes = dict(d_model=width, encoder_ffn_dim=1024, decoder_ffn_dim=1024)
+            dropout = dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), 0.1)  # DETR's
+            config = transformers.DetrConfig(**sizes, **dropout, attn_implementation="sdpa")
             layers = [take_over(kind(config), layer) for layer in getattr(ours, name)]
             setattr(self.head, name, nn.ModuleList(layers))
         self.position = hf.DetrSinePositionEmbedding(64, normalize=True)

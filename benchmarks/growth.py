@@ -1,6 +1,6 @@
 """How the time and the memory of a step of stage 2 grow with tokens, depth, batch and ranks.
 
-    python benchmarks/growth.py --out out/growth     # CPU, fp32; markdown table, OUT/growth.png, JSON
+    python benchmarks/growth.py     # CPU, fp32; markdown table, growth.png, JSON
 
 eva_mini with other depths and image sizes, LoRA of rank 64 through DETR, one thread for each rank (1 or 2
 gloo processes). One size changes at a time. Rounds are interleaved and the time is the median; memory is the
@@ -100,7 +100,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--reps", type=int, default=5, help="rounds to take medians over")
     p.add_argument("--checkpoint-blocks", type=int, default=0, help="as in stage 2 (-1: all)")
-    p.add_argument("--out", default="out/growth", help="folder for growth.png")
+    p.add_argument("--out", default="benchmarks", help="folder for growth.png")
     args = p.parse_args()
 
     rows = [{**BASE, name: value, "grows": name} for name, values in GROWS.items() for value in values]
@@ -123,9 +123,8 @@ def main() -> None:
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     plot(rows, out / "growth.png")
-    print(
-        f"\n{out / 'growth.png'}\n\n" + json.dumps({**vars(args), "torch": torch.__version__, "rows": rows})
-    )
+    print("\n![time and memory of a step](growth.png)\n")
+    print(json.dumps({**vars(args), "torch": torch.__version__, "rows": rows}))
 
 
 if __name__ == "__main__":
