@@ -62,7 +62,7 @@ score() { # score FOLDER SEED WORLD LORA [M CLIP]: what the tables of rows show,
     local folder=$1 world=$3 sets=() set shared=(--lora "$4" --seed "$2" --workers 0)
     local m=("${M[@]}" "${shared[@]}" ${5:+--weights "$5"}) clip=("${CLIP[@]}" "${shared[@]}" ${6:+--clip-weights "$6"})
     for set in plain sketch rotated noisy; do sets+=(--set "$set=$world/shapes/$set"); done
-    once "$folder/goi/result.json" python eval_goi.py "${m[@]}" --train "$world/goi/train.jsonl" \
+    once "$folder/goi/result.json" python eval_goi.py "${m[@]}" --train "$WORLD/goi/train.jsonl" \
         --val "$world/goi/val.jsonl" --size 112 --out "$folder/goi"
     once "$folder/zeroshot/result.json" python eval_zeroshot.py classification "${clip[@]}" "${sets[@]}" \
         --out "$folder/zeroshot"
@@ -174,6 +174,7 @@ if part choose; then
             --workers 0 "${@:2}" --out "$run/visft"
         score "$run" 0 "$OUT/validation" "$run/visft/lora.safetensors"
     }
+    both score "$OUT/choose/M_alone" 0 "$OUT/validation" none
     both choose lr_3e-4 --lr 3e-4
     both choose lr_1e-3 --lr 1e-3
     both choose lr_3e-3 --lr 3e-3
