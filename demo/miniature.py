@@ -257,7 +257,10 @@ def choice_block(out: Path) -> list[str]:
         return ["Not run yet.", ""]
     best = max((mean for mean, name, _ in lines if name != "M alone"), default=None)
     rows = [
-        [name + (" (best)" if mean == best and name != "M alone" else ""), *(f"{v:.1f}" for v in values), f"{mean:.1f}"]
+        [
+            name if mean != best or name == "M alone" else f"{name} (best)",
+            *(f"{v:.1f}" for v in (*values, mean)),
+        ]
         for mean, name, values in lines
     ]
     columns = ["", "GOI top-1", "zero-shot top-1", "image to text R@1", "text to image R@1", "mean"]
