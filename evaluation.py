@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
-from scipy.stats import binomtest
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -196,6 +195,8 @@ def paired(before, after, seed: int = 0, resamples: int = 10_000) -> dict:
     low, high = np.percentile(np.concatenate(parts), [2.5, 97.5])
     p = None
     if np.isin(before, (0, 1)).all() and np.isin(after, (0, 1)).all():
+        from scipy.stats import binomtest  # a second to import, for --compare alone
+
         gained, lost = int((after > before).sum()), int((after < before).sum())
         p = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
     means = dict(before=before.mean(), after=after.mean(), difference=(after - before).mean())
