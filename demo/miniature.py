@@ -52,6 +52,7 @@ ROWS = {  # title: rows of runs/miniature.sh; `default` are the runs of the main
     ],
     "Controls": ["default", "random_heads", "shuffled_labels", "more_clip", "full"],
 }
+IN_DOMAIN = {"detection": "box AP50", "segmentation": "mask AP50", "captioning": "CIDEr"}
 SHORT = [  # columns of these tables
     ("goi", "val", "top-1"),
     ("zeroshot", "plain", "acc1"),
@@ -146,7 +147,7 @@ def interval(values: list[float]) -> tuple[float, float]:
 def told(values: list[float]) -> str:
     mean, half = interval(values)
     mark = "**" if abs(mean) > half else ""  # the interval leaves 0 out
-    return f"{mark}{mean:+.1f}{mark} ± {half:.1f}"
+    return f"{mark}{round(mean, 1) + 0.0:+.1f}{mark} ± {half:.1f}"  # no minus before a zero
 
 
 def table(columns: list[str], lines: list[list[str]]) -> list[str]:
@@ -201,6 +202,32 @@ def main_block(main: list[dict], side: list[dict] | None = None) -> list[str]:
         lines.append(line)
     fault = [] if side is None else ["the fault, less without it"]
     return table(["", "before", "after", "difference, 95%", *fault], lines)
+
+
+def heads_block(demo: Path, main: list[dict]) -> list[str]:
+    """What the heads can do, and what they say to M: three lines of a log at its start, and at its end."""
+
+    def logged(paths, key: str) -> list[list[float]]:
+        logs = [[json.loads(line) for line in path.read_text().splitlines()] for path in paths]
+        return [[line[key] for line in log if key in line] for log in logs]
+
+    lines = []
+    for task, metric in IN_DOMAIN.items():
+        key = (task, "val2017", metric)
+        scored = [f"{statistics.mean(s[key][v] for s in main):.1f}" for v in ("before", "after")]
+        stage2 = sorted(demo.glob("seed*/visft/log.jsonl"))
+        end = statistics.mean(logged([demo / task / "log.jsonl"], f"{task}/loss")[0][-3:])
+        losses = logged(stage2, f"{task}/loss")
+        first, last = (
+            statistics.mean(x for log in losses for x in log[part]) for part in (slice(3), slice(-3, None))
+        )
+        norm = statistics.median(x for log in logged(stage2, f"{task}/grad_norm") for x in log)
+        told_losses = [f"{loss:.2f}" for loss in (end, first, last)]
+        lines.append(
+            [f"{task}, {metric}", *scored, told(differences(main, main, key)), *told_losses, f"{norm:.2f}"]
+        )
+    columns = ["T_n on held-out scenes", "before", "after", "difference, 95%", "loss: end of stage 1"]
+    return table([*columns, "start of stage 2", "its end", "gradient of dW"], lines)
 
 
 def rows_block(out: Path, main: list[dict]) -> list[str]:
@@ -334,6 +361,7 @@ def report(out: Path, readme: Path) -> None:
         "choice": choice_block(out),
         "main": main_block(main, fault or None),
         "verdict": verdict(main),
+        "heads": heads_block(out / "demo", main),
         "rows": rows_block(out, main),
         "against": against_default(out, main),
         "settings": [f"`{json.loads((out / 'settings.json').read_text())['stage2']}`", ""],

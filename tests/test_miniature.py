@@ -47,6 +47,7 @@ def test_the_interval_is_students():
     low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
     assert (mean - half, mean + half) == pytest.approx((low, high))
     assert miniature.told(values).startswith("**+1.8**")
+    assert miniature.told([-0.01, 0.0, 0.0]) == "+0.0 ± 0.0"
     assert miniature.told([1.0, -1.0, 0.5]).startswith("+0.2 ±")  # the interval has 0 in it
 
 
@@ -72,6 +73,14 @@ def test_seeds_that_are_not_complete_are_left_out(tmp_path):
 def test_the_page_is_filled_and_filled_again(tmp_path):
     out, page = tmp_path / "out", tmp_path / "README.md"
     results(out / "demo", [2.0, 3.0, 4.0])
+    for task, metric in miniature.IN_DOMAIN.items():
+        log = [json.dumps({f"{task}/loss": loss, f"{task}/grad_norm": 0.25}) for loss in (9, 8, 7, 3, 2, 1)]
+        for folder in (task, *(f"seed{k}/visft" for k in range(3))):
+            (out / "demo" / folder).mkdir(parents=True, exist_ok=True)
+            with open(out / "demo" / folder / "log.jsonl", "a") as file:
+                file.write("\n".join([*log, "{}", ""]))
+        for k in range(3):
+            result(out / "demo" / f"seed{k}" / task, {("val2017", metric): (5.0, 7.0)})
     results(out / "fault", [-9.0, -8.0, -10.0])
     for name, gains in (("rank4", [1.0, 1.5, 2.0]), ("alpha2", [0.0, 0.1, 0.2])):
         results(out / "rows" / name, gains, compared=False)
@@ -90,6 +99,7 @@ def test_the_page_is_filled_and_filled_again(tmp_path):
         "| zero-shot, top-1, plain | 41.0 | 44.0 | **+3.0** ± 2.5 | **-12.0** ± 4.3 |",
         "| lr 1e-3 (best) | 50.0 | 50.0 | 20.0 | 20.0 | 35.0 |",
         "| M alone | 70.0 | 70.0 | 20.0 | 20.0 | 45.0 |",
+        "| captioning, CIDEr | 5.0 | 7.0 | **+2.0** ± 0.0 | 2.00 | 8.00 | 2.00 | 0.25 |",
         "| rows | 2.0 |",
         "Not run yet: rank16, rank64, data25,",
         "- rank4: GOI top-1 -1.5 ± 1.2; zero-shot top-1 -1.5 ± 1.2; the same, shifted -1.5 ± 1.2; "
