@@ -161,6 +161,8 @@ def main() -> None:
     args = p.parse_args()
     if min(args.pictures // max(args.batch, 1), args.batch, args.steps, args.decay, args.save_every) < 1:
         raise ValueError("--batch, --steps, --decay, --save-every must be at least 1, --pictures a batch")
+    if len(args.patch_dropout) > 2 or not all(0 <= part < 1 for part in args.patch_dropout):
+        raise ValueError(f"--patch-dropout takes one or two parts, each in [0, 1), got {args.patch_dropout}")
     if (args.out / "last.pt").exists() and not args.resume:
         raise ValueError(f"--out {args.out} holds a run: pass --resume to go on with it, or another --out")
 
