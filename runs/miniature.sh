@@ -78,6 +78,11 @@ row() { # row NAME SEED OPTIONS...: stage 2 with OPTIONS after the demo's own, t
     score "$run" "$seed" "$WORLD" "$run/visft/lora.safetensors"
 }
 
+fault() { # fault FOLDER SEED LORA: the same dW at twice its scale, in evaluation only
+    once "$1/lora.safetensors" python demo/miniature.py twice "$3" "$1/lora.safetensors"
+    score "$1" "$2" "$WORLD" "$1/lora.safetensors"
+}
+
 wanted() { # wanted NAME: whether ROWS has the beginning of its name; all are, without ROWS
     local start
     [ -n "${ROWS:-}" ] || return 0
@@ -106,12 +111,9 @@ more_clip() { # more_clip SEED: as many steps of contrastive pretraining as stag
     score "$run" "$1" "$WORLD" none "$run/clip/eva_mini_clip.safetensors" "$run/clip/eva_mini_clip.safetensors"
 }
 
-# The same dW at twice its scale, in evaluation only
 if part fault; then
     for ((seed = 0; seed < SEEDS; seed++)); do
-        twice=$OUT/fault/seed$seed/lora.safetensors
-        once "$twice" python demo/miniature.py twice "$MAIN/seed$seed/visft/lora.safetensors" "$twice"
-        both score "$OUT/fault/seed$seed" "$seed" "$WORLD" "$twice"
+        both fault "$OUT/fault/seed$seed" "$seed" "$MAIN/seed$seed/visft/lora.safetensors"
     done
     ended fault
 fi
@@ -150,6 +152,11 @@ if part rows; then
     rows panoptic --tasks detection panoptic captioning --heads "$MAIN" "$OUT" --batch detection=2 panoptic=1 captioning=8
     rows alpha2 --lora-alpha 2 # curves
     rows alpha32 --lora-alpha 32
+    all_done
+    for ((seed = 0; seed < ROW_SEEDS; seed++)); do
+        ! wanted fault32 || both fault "$OUT/rows/fault32/seed$seed" "$seed" \
+            "$OUT/rows/alpha32/seed$seed/visft/lora.safetensors"
+    done
     ended rows
 fi
 

@@ -82,7 +82,12 @@ def test_the_page_is_filled_and_filled_again(tmp_path):
         for k in range(3):
             result(out / "demo" / f"seed{k}" / task, {("val2017", metric): (5.0, 7.0)})
     results(out / "fault", [-9.0, -8.0, -10.0])
-    for name, gains in (("rank4", [1.0, 1.5, 2.0]), ("alpha2", [0.0, 0.1, 0.2])):
+    for name, gains in (
+        ("rank4", [1.0, 1.5, 2.0]),
+        ("alpha2", [0.0, 0.1, 0.2]),
+        ("alpha32", [5.0, 5.0, 5.0]),
+        ("fault32", [1.0, 2.0, 3.0]),
+    ):
         results(out / "rows" / name, gains, compared=False)
     results(out / "steps" / "50", [0.5, 0.5, 0.7], compared=False)
     for name, score in (("M_alone", 70.0), ("lr_1e-3", 50.0), ("lr_3e-3", 40.0)):
@@ -104,6 +109,7 @@ def test_the_page_is_filled_and_filled_again(tmp_path):
         "Not run yet: rank16, rank64, data25,",
         "- rank4: GOI top-1 -1.5 ± 1.2; zero-shot top-1 -1.5 ± 1.2; the same, shifted -1.5 ± 1.2; "
         "image to text R@5 -1.5 ± 1.2; text to image R@5 -1.5 ± 1.2",
+        "- fault32, against alpha32: GOI top-1 -3.0 ± 2.5;",
     ):
         assert line in text
     assert "- Stage 2 raises: GOI, top-1; GOI, top-5; zero-shot, top-1, plain" in text
