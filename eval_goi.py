@@ -12,24 +12,20 @@ weights, dW, pictures and sizes reads back (ranks on several machines need --cac
 """
 
 import argparse
-import hashlib
 import json
-import os
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import backbone as vit
 import common
 import evaluation
-import lora
-from data import coco, goi
+import feature_cache
+from data import goi
 
 LRS = [
     1e-4,
@@ -38,7 +34,6 @@ LRS = [
     3e-3,
 ]  # of AdamW; not in the paper: the best on a tenth of the training part is taken
 BATCH = 256  # of the probe; not in the paper
-MADE = 1  # count up when pictures or features are made in another way: older caches are then not used
 
 
 def main() -> None:
@@ -85,14 +80,17 @@ def main() -> None:
         backbone.mean, backbone.std = vit.IMAGENET_NORM
     become = evaluation.attach(backbone.vit, args)
 
+    of_cls = dict(backbone=backbone, ranks=ranks, take=lambda f: f.cls, shape=(backbone.dim,))
+    features = partial(feature_cache.features, args, **of_cls)
+
     # --- loop
     R_o, lrs = {}, {}  # Alg. 3, line 1: initialize results list R_o
     for variant in variants:
         become(variant)  # M(x), or M(x; dW*)
-        f_train = features(args, train, backbone, ranks, variant)
+        f_train = features(train, variant=variant)
         T_o, lrs[variant] = probe(f_train, train.labels, len(train.names), args, ranks.device)
         # Alg. 3, line 2: for x in E_o(x)
-        f = features(args, val, backbone, ranks, variant)  # Alg. 3, line 3: extract feature f* = M(x; dW*)
+        f = features(val, variant=variant)  # Alg. 3, line 3: extract feature f* = M(x; dW*)
         R_o[variant] = rank_classes(T_o, f, ranks.device)  # Alg. 3, line 4: predicting R_o = [R_o, T_o(f*)]
 
     # --- save
@@ -135,67 +133,6 @@ def check_options(args: argparse.Namespace) -> list[str]:
             raise FileNotFoundError(f"no such file: {path} (M3IT's data/classification/coco-goi)")
     args.cache = args.cache or str(Path(args.out) / "features")
     return variants
-
-
-# --- features
-
-
-@torch.no_grad()
-def features(args, dataset, backbone, ranks: common.Ranks, variant: str) -> np.ndarray:
-    """[CLS] of every picture, (n, D) float32, memory-mapped; computed once for a key of all it depends on.
-
-    A file under its final name is complete: it is written under another and renamed.
-    """
-    shape = (len(dataset), backbone.dim)
-    key = {
-        "made": MADE, "model": args.model, "weights": fingerprint(backbone.vit, variant), "shape": shape,
-        "data": dataset.fingerprint, "size": args.size, "imagenet_norm": args.imagenet_norm,
-        "computed": f"{ranks.dtype} on {ranks.device.type}",
-    }  # fmt: skip
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
-    path = Path(args.cache) / f"{name}.npy"
-    part = [None]
-    if ranks.rank == 0 and not complete(path, shape):
-        part = [path.with_suffix(f".{os.getpid()}.tmp")]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.lib.format.open_memmap(part[0], "w+", np.float32, shape).flush()
-    dist.broadcast_object_list(part)  # None if there is nothing to do
-    if part[0]:
-        rows = np.lib.format.open_memmap(part[0], "r+")
-        collate = partial(coco.collate, patch=backbone.patch, mean=backbone.mean, std=backbone.std)
-        loader = evaluation.loader(dataset, args, ranks, collate)
-        for batch in tqdm(loader, f"[CLS] {variant}", disable=ranks.rank > 0, dynamic_ncols=True):
-            if isinstance(batch, Exception):
-                raise batch
-            images, valid, y = common.to_device(batch, ranks.device)
-            with ranks.autocast():
-                rows[[t["image_id"] for t in y]] = backbone(images, valid).cls.cpu().numpy()
-        rows.flush()
-        dist.barrier()
-        if ranks.rank == 0:
-            part[0].replace(path)
-            path.with_suffix(".json").write_text(json.dumps(key, indent=1))
-        dist.barrier()
-    return np.load(path, mmap_mode="r")
-
-
-def complete(path: Path, shape: tuple[int, int]) -> bool:
-    try:
-        rows = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError):  # absent, or cut off by a full disk
-        return False
-    return rows.shape == shape and rows.dtype == np.float32
-
-
-def fingerprint(model: nn.Module, variant: str) -> str:
-    """Of the weights in memory, wherever they came from; of dW and its scale too, where it is in use."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        if variant == "after" or "lora_" not in name:
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    scales = [layer.alpha / layer.rank for layer in lora.layers(model).values()]
-    return digest.hexdigest() + (f" {scales}" if variant == "after" else "")
 
 
 # --- T_o

@@ -16,7 +16,9 @@ import argparse
 import json
 import math
 import re
+from collections.abc import Iterator
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +32,9 @@ from tqdm import tqdm
 import backbone as vit
 import common
 import evaluation
+import feature_cache
 import heads
+from backbone import Features
 from data import coco, words
 from heads.matching import mean_over_ranks
 
@@ -79,10 +83,7 @@ class OcrHead(nn.Module):
 
     def logits(self, f) -> Tensor:
         """Features -> (B, 26, 1 + characters)."""
-        x = f.grid.flatten(2).transpose(1, 2)  # (B, N, dim)
-        if f.cls is not None:
-            x = torch.cat([f.cls[:, None], x], 1)
-        x = self.project(x) + self.position  # (B, N, width)
+        x = self.project(tokens_of(f)) + self.position  # (B, N, width)
         if self.queries is not None:
             q = self.queries.expand(len(x), -1, -1)  # (B, 26, width)
             for layer in self.layers:
@@ -120,6 +121,12 @@ class OcrHead(nn.Module):
         return "".join(self.charset[k - 1] for k in row[:end])
 
 
+def tokens_of(f: Features) -> Tensor:
+    """(B, N, dim): [CLS], if there is one, and the patch tokens."""
+    x = f.grid.flatten(2).transpose(1, 2)
+    return x if f.cls is None else torch.cat([f.cls[:, None], x], 1)
+
+
 def check_options(args: argparse.Namespace) -> list[str]:
     """Refuse what cannot work before anything is loaded; returns the variants to score, in order."""
     variants = evaluation.check_options(args)
@@ -134,6 +141,8 @@ def check_options(args: argparse.Namespace) -> list[str]:
         raise ValueError(f"--width must be a multiple of 8, the attention heads, got {args.width}")
     if bool(args.train) == bool(args.head):
         raise ValueError("give --train DIR ... to train a head, or --head FILE to score one")
+    if args.cache and args.skip_bad_images:
+        raise ValueError("--cache has M see every training word: it cannot go with --skip-bad-images")
     if args.head and args.size is None:
         args.size = heads.read_header(args.head[0]).get("size")
     args.size = tuple(args.size or [224])
@@ -184,14 +193,12 @@ def train(args, variant: str, backbone, stream: words.WordStream, ranks: common.
     run = common.Checkpoint(out, args, trained, optimizer, scaler, data)
     first = run.load() if args.resume else 0
     log = common.Log(out, first, args.iters, args.log_every)
-    batches = coco.batches(stream, args.batch, backbone, ranks, first, args.workers)
+    batches = frozen_features(args, variant, backbone, stream, ranks, first)
     for step in range(first, args.iters):
         lr = common.learning_rate(step, args.lr, args.warmup, args.iters)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        images, valid, y = common.to_device(next(batches), ranks.device)
-        with torch.no_grad(), ranks.autocast():
-            f = backbone(images, valid)
+        f, y = next(batches)
         loss, parts = T_o(f, y)
         parts["grad_norm"] = common.minimize(loss, optimizer, scaler)
         save = (step + 1) % args.save_every == 0 or step + 1 == args.iters
@@ -201,6 +208,29 @@ def train(args, variant: str, backbone, stream: words.WordStream, ranks: common.
             if ranks.rank == 0:
                 heads.save(head, out / "ocr.safetensors", "ocr", step=step + 1, **header)
     return head
+
+
+def frozen_features(
+    args, variant: str, backbone, stream: words.WordStream, ranks: common.Ranks, first: int
+) -> Iterator[tuple[Features, list[dict]]]:
+    """f = M(x) and y of this rank's batches from step `first` on; with --cache M sees every word but once."""
+    if not args.cache:
+        for batch in coco.batches(stream, args.batch, backbone, ranks, first, args.workers):
+            images, valid, y = common.to_device(batch, ranks.device)
+            with torch.no_grad(), ranks.autocast():
+                f = backbone(images, valid)
+            yield f, y  # without end
+    rows, cols = (side // backbone.patch for side in args.size)
+    shape = (backbone.has_cls + rows * cols, backbone.dim)
+    usable = words.UsableWords(stream)
+    kept = feature_cache.features(args, usable, backbone, ranks, variant, tokens_of, shape)  # (n, N, dim)
+    for step in count(first):
+        at = (step * ranks.world + ranks.rank) * args.batch  # as coco.batches
+        drawn = [stream.index(position) for position in range(at, at + args.batch)]
+        x = torch.from_numpy(kept[drawn]).to(ranks.device)
+        grid = x[:, backbone.has_cls :].transpose(1, 2).unflatten(2, (rows, cols))
+        f = Features(x[:, 0] if backbone.has_cls else None, grid, None)
+        yield f, [{"image_id": i, "label": usable.labels[i]} for i in drawn]
 
 
 def new_head(args, backbone) -> OcrHead:
@@ -359,6 +389,8 @@ def main() -> None:
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--save-every", type=int, default=5000, help="steps between checkpoints")
     add("--log-every", type=int, default=50, help="steps between lines of log.jsonl")
+    kept = "compute M once for every training word, and keep it here: words x tokens x width x 4 bytes"
+    add("--cache", metavar="DIR", help=kept)
     add("--skip-bad-images", action="store_true", help="in training, count undecodable images and go on")
     evaluation.add_options(p, out="out/ocr", batch=192)  # ViTSTR: 192 over all processes
     evaluation.add_backbone_options(p)

@@ -131,6 +131,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     fixed = dict(size=(224, 224), charset=36, reading="tokens", seed=0, lr=1e-4, warmup=0, resume=False)
     fixed |= dict(save_every=10**9, log_every=10**9, lora=None, no_cls=False, imagenet_norm=False)
+    fixed |= dict(cache=None)
     settings = Namespace(**vars(args), **fixed, backbone_dtype="auto")
     ranks = common.start(settings)
     with tempfile.TemporaryDirectory() as folder:

@@ -6,6 +6,7 @@
     find(folders)          the sets in and below folders, by name
     Words(sets, size)      every word of these sets once: for scoring, so nothing is ever left out
     WordStream(parts, ...) endless, equal shares of each part: for training, so unusable labels are left out
+    UsableWords(stream)    each word of a stream once: to compute its features once
 
 The sample at position p of a stream depends on (seed, p) alone.
 """
@@ -13,9 +14,12 @@ The sample at position p of a stream depends on (seed, p) alone.
 import hashlib
 import os
 from array import array
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
+from functools import cached_property
 from io import BytesIO
+from itertools import accumulate
 from pathlib import Path
 
 import lmdb
@@ -225,15 +229,22 @@ class WordStream(Dataset):
                 raise ValueError(f"{self.notes[-1]}: nothing to train on")
             self.parts.append((list(sets.values()), np.array(rows, np.int32)))
         self.fingerprint = digest.hexdigest()[:16]
+        self.first = [0, *accumulate(len(rows) for _, rows in self.parts)]  # usable words before each part
         self.epochs = {}  # part -> (epoch, its order)
 
-    def locate(self, position: int) -> tuple[LmdbWords | ListedWords, int]:
-        """The set, and the word in it, at a position."""
-        part, (sets, rows) = position % len(self.parts), self.parts[position % len(self.parts)]
-        epoch, at = divmod(position // len(self.parts), len(rows))
+    def index(self, position: int) -> int:
+        """Which of the usable words, counted over all parts, is at a position."""
+        part, words = position % len(self.parts), len(self.parts[position % len(self.parts)][1])
+        epoch, at = divmod(position // len(self.parts), words)
         if self.epochs.get(part, (None,))[0] != epoch:
-            self.epochs[part] = epoch, np.random.default_rng((self.seed, part, epoch)).permutation(rows)
-        row = int(self.epochs[part][1][at])
+            self.epochs[part] = epoch, np.random.default_rng((self.seed, part, epoch)).permutation(words)
+        return self.first[part] + int(self.epochs[part][1][at])
+
+    def locate(self, index: int) -> tuple[LmdbWords | ListedWords, int]:
+        """The set, and the word in it, of a usable word."""
+        part = bisect_right(self.first, index) - 1
+        sets, rows = self.parts[part]
+        row = int(rows[index - self.first[part]])
         for words in sets:
             if row < len(words):
                 return words, row
@@ -243,7 +254,7 @@ class WordStream(Dataset):
     def __getitem__(self, index: tuple[int, int]):
         position, skipped = index[0], []
         while True:
-            words, i = self.locate(position + len(self.parts) * len(skipped))
+            words, i = self.locate(self.index(position + len(self.parts) * len(skipped)))
             try:
                 pixels, label = load(words, i, self.size)
                 break
@@ -252,6 +263,41 @@ class WordStream(Dataset):
                 if not self.skip_bad or len(skipped) == len(self.parts[position % len(self.parts)][1]):
                     return BadImage(f"{error}: restore it, or use --skip-bad-images")
         return pixels, {"image_id": words.where(i), "label": label, "size": self.size, "skipped": skipped}
+
+
+class UsableWords(Dataset):
+    """The words that a stream draws from, each once: items[i] -> pixels, y with image_id i, its index there.
+
+    fingerprint: of pictures and labels; an error is returned, as by Words
+    """
+
+    def __init__(self, stream: WordStream):
+        self.stream = stream
+
+    def __len__(self) -> int:
+        return self.stream.first[-1]
+
+    def __getitem__(self, index: int):
+        try:
+            pixels, label = load(*self.stream.locate(index), self.stream.size)
+        except BadImage as error:
+            return BadImage(f"{error}: restore it")
+        return pixels, {"image_id": index, "label": label, "size": self.stream.size}
+
+    def read(self, index: int) -> tuple[bytes, str]:
+        words, i = self.stream.locate(index)
+        return words.read(i)
+
+    @cached_property
+    def labels(self) -> list[str]:
+        return [self.read(index)[1] for index in range(len(self))]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for data, label in map(self.read, range(len(self))):
+            digest.update(b"%d %s\n" % (len(data), label.encode(errors="replace")) + data)
+        return digest.hexdigest()
 
 
 def spelled(label: str, charset: str) -> str:

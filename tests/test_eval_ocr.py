@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_words import some_words, write_lmdb
+from test_words import drawn, some_words, write_lmdb
 
 import backbone as vit
 import eval_ocr
@@ -305,6 +305,50 @@ def test_two_ranks_are_one_with_twice_the_batch(sets, tmp_path, run, run_ranks):
     assert len(read_words(tmp_path / "two")) == 15
 
 
+def test_a_cache_gives_the_same_and_M_sees_each_training_word_once(
+    sets, tmp_path, run, run_ranks, monkeypatch
+):
+    seen, forward = [], vit.Backbone.forward
+
+    def counted(self, images, valid=None):
+        seen.append(len(images))
+        return forward(self, images, valid)
+
+    monkeypatch.setattr(vit.Backbone, "forward", counted)
+
+    def pictures(name: str, folder: Path = sets, **options) -> int:
+        seen.clear()
+        options = {"iters": 20, "compare": tmp_path / "dW.st", **options}
+        assert run("eval_ocr", *command(folder, tmp_path / name, **options))[0] == 0
+        return sum(seen)
+
+    def unlike(a: str, b: str, variant: str) -> float:
+        """The difference of two runs' heads, in parts of their norm."""
+        a, b = (load_file(tmp_path / n / variant / "ocr.safetensors") for n in (a, b))
+        norms = [math.sqrt(sum(v.square().sum() for v in x)) for x in (b.values(), [a[n] - b[n] for n in b])]
+        return norms[1] / norms[0]
+
+    dW(tmp_path / "dW.st")
+    kept = {"cache": tmp_path / "kept"}
+    assert pictures("each") == 2 * (20 * 8 + 15)
+    assert pictures("once", **kept) == 2 * (64 + 15)
+    assert pictures("again", **kept) == 2 * 15
+    assert run_ranks(2, "eval_ocr", *command(sets, tmp_path / "ranks", batch=4, iters=20, **kept))[0] == [
+        0,
+        0,
+    ]
+    for variant in ("before", "after"):
+        # Batches of other words: fp32 sums in another order, enlarged by Adam's tiny divisors
+        assert unlike("once", "each", variant) < 1e-3
+        assert unlike("again", "once", variant) == 0
+    assert unlike("ranks", "once", "before") < 1e-3
+    (tmp_path / "other" / "test").mkdir(parents=True)
+    write_lmdb(tmp_path / "other" / "MJ", some_words(40, 1), image_000000003=drawn("zzz"))
+    write_lmdb(tmp_path / "other" / "ST", some_words(24, 2))
+    write_lmdb(tmp_path / "other" / "test" / "mine", some_words(5, 4))
+    assert pictures("other", tmp_path / "other", **kept) == 2 * (64 + 5)  # the same labels, another picture
+
+
 def test_limit_is_partial(sets, tmp_path, run):
     assert run("eval_ocr", *command(sets, tmp_path, limit=2, iters=1))[0] == 0
     found = result(tmp_path)
@@ -319,6 +363,7 @@ def test_bad_options_and_data_are_one_line(sets, tmp_path, run):
         ([*good, "--iters", 0], "--iters must be at least 1"),
         ([*good, "--lr", "inf"], "--lr must be positive"),
         ([*good, "--width", 12], "--width must be a multiple of 8"),
+        ([*good, "--cache", tmp_path, "--skip-bad-images"], "it cannot go with --skip-bad-images"),
         ([*good, "--size", 50], "multiples of the patch, 14"),
         ([*good, "--size", 56], "17 tokens are too few"),
         ([*good, "--size", 1, 2, 3], "--size takes a side, or height and width"),
@@ -327,6 +372,10 @@ def test_bad_options_and_data_are_one_line(sets, tmp_path, run):
         ([*good, "--test", tmp_path / "absent"], "absent: no data.mdb"),
         ([*good, "--test", tmp_path / "cut"], "no image-000000002 of 2 words"),
         ([*good, "--train", tmp_path / "cut", "--out", tmp_path / "other"], "or use --skip-bad-images"),
+        (
+            [*good, "--train", tmp_path / "cut", "--out", tmp_path / "kept", "--cache", tmp_path / "kept"],
+            "no image-000000002 of 2 words",
+        ),
     ):
         code, _, err = run("eval_ocr", *options)
         assert code == 2 and says in err and "Traceback" not in err, (options, err)

@@ -1,0 +1,83 @@
+"""Features of the frozen M that are computed once and kept, under a key of all they depend on."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from tqdm import tqdm
+
+import common
+import evaluation
+import lora
+from data import coco
+
+MADE = 1  # count up when pictures or features are made in another way: older caches are then not used
+
+
+@torch.no_grad()
+def features(
+    args, items, backbone, ranks: common.Ranks, variant: str, take: Callable, shape: tuple[int, ...]
+) -> np.ndarray:
+    """take(M(x)) of every item, (n, *shape) float32, memory-mapped, in args.cache.
+
+    items: items[i] -> pixels, y with i as image_id; items.fingerprint tells pictures and order
+    take: Features of B items -> (B, *shape)
+    A file under its final name is complete: it is written under another and renamed.
+    """
+    shape = (len(items), *shape)
+    key = {
+        "made": MADE, "model": args.model, "weights": fingerprint(backbone.vit, variant), "shape": shape,
+        "data": items.fingerprint, "size": args.size, "imagenet_norm": args.imagenet_norm,
+        "computed": f"{ranks.dtype} on {ranks.device.type}",
+    }  # fmt: skip
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+    path = Path(args.cache) / f"{name}.npy"
+    part = [None]
+    if ranks.rank == 0 and not complete(path, shape):
+        part = [path.with_suffix(f".{os.getpid()}.tmp")]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.lib.format.open_memmap(part[0], "w+", np.float32, shape).flush()
+    dist.broadcast_object_list(part)  # None if there is nothing to do
+    if part[0]:
+        rows = np.lib.format.open_memmap(part[0], "r+")
+        collate = partial(coco.collate, patch=backbone.patch, mean=backbone.mean, std=backbone.std)
+        loader = evaluation.loader(items, args, ranks, collate)
+        for batch in tqdm(loader, f"features {variant}", disable=ranks.rank > 0, dynamic_ncols=True):
+            if isinstance(batch, Exception):
+                raise batch
+            images, valid, y = common.to_device(batch, ranks.device)
+            with ranks.autocast():
+                rows[[t["image_id"] for t in y]] = take(backbone(images, valid)).cpu().numpy()
+        rows.flush()
+        dist.barrier()
+        if ranks.rank == 0:
+            part[0].replace(path)
+            path.with_suffix(".json").write_text(json.dumps(key, indent=1))
+        dist.barrier()
+    return np.load(path, mmap_mode="r")
+
+
+def complete(path: Path, shape: tuple[int, ...]) -> bool:
+    try:
+        rows = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError):  # absent, or cut off by a full disk
+        return False
+    return rows.shape == shape and rows.dtype == np.float32
+
+
+def fingerprint(model: nn.Module, variant: str) -> str:
+    """Of the weights in memory, wherever they came from; of dW and its scale too, where it is in use."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        if variant == "after" or "lora_" not in name:
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    scales = [layer.alpha / layer.rank for layer in lora.layers(model).values()]
+    return digest.hexdigest() + (f" {scales}" if variant == "after" else "")
