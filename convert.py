@@ -27,8 +27,8 @@ from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 import backbone as vit
 import common
 import evaluation
-import heads
 import lora
+from heads import by_task
 
 # Width and number of blocks -> --model
 MODELS = {(1408, 40): "eva_g", (1408, 39): "eva_g_blip2", (1792, 64): "eva_e", (192, 6): "eva_mini"}
@@ -191,7 +191,7 @@ def import_head(state: dict[str, Tensor], task: str, args: argparse.Namespace) -
     arguments = {"categories": COCO, "eq2_h": False} if task == "segmentation" else {"categories": COCO}
     if task == "captioning":
         arguments = {"vocabulary": vocabulary(args.words, len(found.get("embedding.weight", ())))}
-    head = heads.HEADS[task](dim, **arguments)
+    head = by_task.HEADS[task](dim, **arguments)
     told = adapt(found, task)
     vit.check(found, head.state_dict(), f"{args.src} is no {task} head of the release")
     write(Path(args.dst), found, head={"task": task, "config": head.config, **released_features(name)})

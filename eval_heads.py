@@ -26,14 +26,14 @@ import heads
 import panoptic_quality
 from data import coco
 from data.streams import open_items
-from heads import detr, mask2former, pose
+from heads import by_task, detr, mask2former, pose
 
 
 def main() -> None:
     # --- options
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
-    add("--task", choices=heads.HEADS, required=True, help="whose head (Table 1)")
+    add("--task", choices=by_task.HEADS, required=True, help="whose head (Table 1)")
     add("--head", default="out", help="a head file, or a folder with [TASK/]TASK.safetensors")
     add("--coco", default="coco", help="folder that holds annotations/ and val2017/")
     add("--split", default="val2017", help="which of its images and annotations")
@@ -67,10 +67,10 @@ def main() -> None:
     if args.imagenet_norm:
         backbone.mean, backbone.std = vit.IMAGENET_NORM
     become = evaluation.attach(backbone.vit, args)
-    head = heads.load(head_file, backbone.dim).to(ranks.device)
+    head = by_task.load(head_file, backbone.dim).to(ranks.device)
     scorer = SCORERS[args.task](items, head, args)
     if items.categories:
-        heads.check_classes(head, items.categories, head_file)
+        by_task.check_classes(head, items.categories, head_file)
     items.patch = backbone.patch
     collate = partial(items.collate, patch=backbone.patch, mean=backbone.mean, std=backbone.std)
     loader = evaluation.loader(items, args, ranks, collate)

@@ -19,6 +19,7 @@ import common
 import heads
 from data import coco
 from data.streams import annotation_file, open_stream
+from heads import by_task
 
 # Sec. 4.2; the batch is per GPU, of 8
 PAPER = dict.fromkeys(("detection", "segmentation", "panoptic"), {"iters": 150_000, "batch": 1, "lr": 5e-5})
@@ -29,7 +30,7 @@ PAPER["pose"] = {"iters": 60_000, "batch": 64, "lr": 5e-4}  # not in the paper; 
 def main() -> None:
     # --- options
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--task", choices=heads.HEADS, required=True, help="which head to train (Table 1)")
+    p.add_argument("--task", choices=by_task.HEADS, required=True, help="which head to train (Table 1)")
     p.add_argument("--iters", type=int, help="steps (Sec. 4.2: 150k; captioning 100k)")
     p.add_argument("--batch", type=int, help="images per process and step (Sec. 4.2: 1; captioning 32)")
     p.add_argument("--lr", type=float, help="peak learning rate (Sec. 4.2: 5e-5; captioning 4e-4)")
@@ -61,7 +62,7 @@ def main() -> None:
         backbone.compile_blocks()
     # Alg. 1, line 1: initialize an in-domain task head T_n and freeze M (a Backbone is always frozen)
     torch.manual_seed(args.seed)
-    head = heads.HEADS[args.task](backbone.dim, dataset.classes).to(ranks.device).train()
+    head = by_task.HEADS[args.task](backbone.dim, dataset.classes).to(ranks.device).train()
     trained = dict(head.named_parameters())
     T = common.parallel(head, ranks.device)
 

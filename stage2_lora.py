@@ -22,6 +22,7 @@ import heads
 import lora
 from data import coco
 from data.streams import annotation_file, open_stream
+from heads import by_task
 
 # Sec. 4.2; the batch is per GPU, of 8
 PAPER = dict.fromkeys(("detection", "segmentation", "panoptic"), {"prob": 0.3, "batch": 1})
@@ -78,11 +79,11 @@ def main() -> None:
 
     # --- model
     backbone = vit.load(args.model, args.weights, ranks.dtype, ranks.device, args.seed, not args.no_cls)
-    task_heads = {task: heads.load(path, backbone.dim).to(ranks.device) for task, path in head_files.items()}
+    task_heads = {t: by_task.load(path, backbone.dim).to(ranks.device) for t, path in head_files.items()}
     if args.imagenet_norm:
         backbone.mean, backbone.std = vit.IMAGENET_NORM
     for task, dataset in datasets.items():
-        heads.check_classes(task_heads[task], dataset.classes, head_files[task])
+        by_task.check_classes(task_heads[task], dataset.classes, head_files[task])
     # Alg. 2, line 1: initialize LoRA weights dW, freeze M (a Backbone is always frozen) and T_n*
     torch.manual_seed(args.seed)  # whatever was built before, dW starts from the seed
     if args.full:

@@ -29,7 +29,7 @@ import heads
 import lora
 from data.pose import PersonBoxes, person_crop
 from data.validation import Images, prepare
-from heads import pose
+from heads import by_task, pose
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -72,7 +72,7 @@ def main() -> None:
                 "--heads", nargs="+", default=["out"], help="head files, or folders that hold them"
             )
             q.add_argument(
-                "--tasks", nargs="+", choices=heads.HEADS, default=["detection"], help="which heads"
+                "--tasks", nargs="+", choices=by_task.HEADS, default=["detection"], help="which heads"
             )
             q.add_argument(
                 "--sure", type=float, default=0.5, help="least score of a box, mask or keypoint that is shown"
@@ -222,7 +222,7 @@ def predict(backbone: vit.Backbone, become, variants: list[str], files: list[Pat
     persons = read_persons(args.persons) if args.persons else None
     for task in args.tasks:
         path = heads.find(args.heads, task, common.features_of(args))
-        head = heads.load(path, backbone.dim).to(next(backbone.parameters()).device)
+        head = by_task.load(path, backbone.dim).to(next(backbone.parameters()).device)
         for file in files:
             pixels, answers = read(file), {}
             if task == "pose":

@@ -28,10 +28,10 @@ sys.path.insert(
 
 import backbone as vit
 import eval_heads
-import heads
 import panoptic_quality
 from data import pose, validation
 from demo import world
+from heads import by_task
 
 
 def segments(rng, height: int, width: int, count: int) -> tuple[np.ndarray, list[dict]]:
@@ -75,7 +75,7 @@ def loops(task: str, backbone, folder: Path, args) -> dict[str, list[float]]:
         items = validation.Images(folder, task, "val2017", args.image_scale)
     items.patch = backbone.patch
     torch.manual_seed(0)
-    head = heads.HEADS[task](backbone.dim, items.categories).eval()
+    head = by_task.HEADS[task](backbone.dim, items.categories).eval()
     options = argparse.Namespace(fast_eval=False, out=folder / "out", seed=0)
     scorer = eval_heads.SCORERS[task](items, head, options)
     collate = partial(items.collate, patch=backbone.patch, mean=backbone.mean, std=backbone.std)

@@ -25,6 +25,7 @@ import heads
 import stage2_lora
 from data import coco
 from data.streams import open_stream
+from heads import by_task
 
 TASKS = ("detection", "segmentation", "captioning")
 
@@ -63,7 +64,7 @@ def main() -> None:
         same |= dict(exclude_images=None, min_count=6, skip_bad_images=False)
         torch.manual_seed(0)
         for task in TASKS:
-            head = heads.HEADS[task](192, open_stream(task, Namespace(**same)).classes)
+            head = by_task.HEADS[task](192, open_stream(task, Namespace(**same)).classes)
             heads.save(head, Path(out) / f"{task}.safetensors", task)
         options = dict(model="eva_mini", weights="random", coco=args.coco, heads=out, out=f"{out}/visft")
         options |= {"iters": args.iters, "workers": args.workers, "image-scale": args.image_scale}

@@ -36,8 +36,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this fold
 
 import backbone as vit
 import common
-import heads
 import lora
+from heads import by_task
 from heads.matching import Matches
 
 SIZES = {  # batch, side in pixels at most: what data/ makes with the paper's options and patches of 14
@@ -111,7 +111,7 @@ def build(model: str, rank: int) -> tuple[vit.Backbone, dict[str, nn.Module]]:
         backbone = vit.Backbone(model)
         lora.attach(backbone.vit, rank)
         classes = {task: vocabulary if task == "captioning" else categories for task in SIZES}
-        task_heads = {task: heads.HEADS[task](backbone.dim, c) for task, c in classes.items()}
+        task_heads = {task: by_task.HEADS[task](backbone.dim, c) for task, c in classes.items()}
     return backbone, {task: head.requires_grad_(False).eval() for task, head in task_heads.items()}
 
 
@@ -207,7 +207,8 @@ def sent_in_a_step(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     backbone = vit.load("eva_mini", "random")
     trained = list(lora.parameters(lora.attach(backbone.vit, rank=64)).values())
-    M, head = common.parallel(backbone, torch.device("cpu")), heads.Detr(backbone.dim, [{"id": 1}])
+    M = common.parallel(backbone, torch.device("cpu"))
+    head = by_task.HEADS["detection"](backbone.dim, [{"id": 1}])
     head.requires_grad_(False).eval()
     optimizer = common.sharded_adamw([{"params": trained}])
     scaler = torch.amp.GradScaler("cpu", enabled=False)

@@ -41,11 +41,11 @@ sys.path.insert(0, str(ROOT))  # before this folder, which has a lora.py too
 
 import backbone as vit  # noqa: E402
 import common  # noqa: E402
-import heads  # noqa: E402
 import stage1_heads  # noqa: E402
 import stage2_lora  # noqa: E402
 from data import coco  # noqa: E402
 from demo import world  # noqa: E402
+from heads import by_task  # noqa: E402
 
 PARTS = ("data", "M", "T_n", "backward", "update", "sending")
 
@@ -205,7 +205,7 @@ def ceiling(threads: int) -> float:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--tasks", nargs="+", choices=heads.HEADS, default=list(heads.HEADS))
+    p.add_argument("--tasks", nargs="+", choices=by_task.HEADS, default=list(by_task.HEADS))
     p.add_argument("--iters", type=int, default=12, help="steps of each case")
     p.add_argument("--skip", type=int, default=3, help="first steps that do not count")
     p.add_argument("--batch", type=int, default=4, help="of captioning and pose; the other tasks have 1")

@@ -1,4 +1,4 @@
-"""The in-domain task heads T_n by task name, and their files: safetensors with a JSON header to rebuild from.
+"""The task heads T_n and their files: safetensors with a JSON header to rebuild from; by_task: the classes.
 
 Every head is built as Head(dim, ...) with its arguments kept in `config`, and answers
     loss, parts = head.loss(f, y)     # scalar; detached scalars for the log
@@ -15,19 +15,6 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-
-from heads.captioner import Captioner
-from heads.detr import Detr
-from heads.mask2former import Mask2Former, Panoptic
-from heads.pose import Pose
-
-HEADS = {  # Table 1
-    "detection": Detr,
-    "segmentation": Mask2Former,
-    "panoptic": Panoptic,
-    "captioning": Captioner,
-    "pose": Pose,
-}
 
 
 def save(head: nn.Module, path: str | Path, task: str, /, **header) -> None:
@@ -48,17 +35,6 @@ def read_header(path: str | Path) -> dict:
             return json.loads((file.metadata() or {})["head"])
     except Exception as error:
         raise ValueError(f"{path}: not one of our head files ({type(error).__name__}: {error})") from error
-
-
-def load(path: str | Path, dim: int) -> nn.Module:
-    """A head in eval mode. Raises ValueError if it was made for features of another width than `dim`."""
-    header = read_header(path)
-    if header["config"]["dim"] != dim:
-        raise ValueError(f"{path} was made for a backbone of width {header['config']['dim']}, not {dim}")
-    head = HEADS[header["task"]](**header["config"])
-    with safe_open(path, "pt") as file:
-        head.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
-    return head.eval()
 
 
 def find(places: list[str], task: str, features: dict) -> Path:
@@ -86,21 +62,3 @@ def find(places: list[str], task: str, features: dict) -> Path:
     raise FileNotFoundError(
         f"no {task} head at {where}: stage1_heads.py --task {task} trains it; or see --heads"
     )
-
-
-def check_classes(head: nn.Module, classes: list, path: Path) -> None:
-    """Raises ValueError if the head's categories or words are not those of the data, in the same order."""
-    name = "vocabulary" if "vocabulary" in head.config else "categories"
-    had = head.config[name]
-    if had != classes:
-        at = next((i for i, (a, b) in enumerate(zip(had, classes, strict=False)) if a != b), "the end")
-        words = "words" if name == "vocabulary" else name
-        same = (
-            "made from the same captions with the same --min-count"
-            if words == "words"
-            else "in the same order"
-        )
-        raise ValueError(
-            f"{path} knows {len(had)} {words}, the data has {len(classes)}, unlike from {at} on: "
-            f"they must be the same, {same}"
-        )

@@ -24,6 +24,7 @@ import backbone as vit
 import convert
 import heads
 import lora
+from heads import by_task
 
 SIZE = dict(patch_size=14, embed_dim=192, num_heads=3, mlp_ratio=4, global_pool="token")
 WIDTH = 192
@@ -297,7 +298,7 @@ def imported(task: str, tmp_path: Path, run, *options) -> tuple[dict[str, Tensor
     assert code == 0, err
     assert heads.find([tmp_path], task, dict(backbone="eva_mini", no_cls=True, imagenet_norm=True))
     release = {k.removeprefix("visft_heads."): v for k, v in release.items() if "segment_head." not in k}
-    return release, heads.load(tmp_path / f"{task}.safetensors", WIDTH), out
+    return release, by_task.load(tmp_path / f"{task}.safetensors", WIDTH), out
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ import lora
 import panoptic_quality
 from data import coco, pose, validation
 from data.captions import Captions
+from heads import by_task
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -274,7 +275,7 @@ def made(scenes, tmp_path_factory) -> Path:
     categories = coco.read_instances(scenes, "val2017").categories
     torch.manual_seed(0)
     for task in ("detection", "segmentation"):
-        head = heads.HEADS[task](192, categories)
+        head = by_task.HEADS[task](192, categories)
         for p in head.parameters():
             nn.init.normal_(p, std=0.08) if p.dim() > 1 else None  # else all queries answer alike
         heads.save(head, out / f"{task}.safetensors", task, backbone="eva_mini", no_cls=False)
@@ -356,7 +357,7 @@ def test_what_cannot_be_is_one_line(scenes, real_coco, made, tmp_path, run):
 def captioner(scenes, made) -> Path:
     """A random captioner whose captions end, and differ from image to image."""
     torch.manual_seed(0)
-    head = heads.HEADS["captioning"](192, Captions(scenes, "train2017", min_count=1).vocabulary)
+    head = by_task.HEADS["captioning"](192, Captions(scenes, "train2017", min_count=1).vocabulary)
     for name, p in head.named_parameters():
         p.data *= 1 if p.dim() < 2 else 8 if name.startswith(("fc", "embedding")) else 3
     head.fc.bias.data[-1] = 3
@@ -397,7 +398,7 @@ def test_captions_before_and_after(scenes, made, captioner, tmp_path, run, monke
     more = ("--batch", 3, "--compare", tuned)
     code, text, err = run("eval_heads", *options("captioning", scenes, captioner, tmp_path, *more))
     assert code == 0, err
-    head, backbone, said = heads.load(captioner, 192), vit.load("eva_mini", "random"), {}
+    head, backbone, said = by_task.load(captioner, 192), vit.load("eva_mini", "random"), {}
     lora.load(backbone.vit, tuned)
     items = validation.Images(scenes, "captioning", "val2017", scale=0.2)
     items.patch = backbone.patch
@@ -460,7 +461,7 @@ def test_ctrl_c_is_one_line_and_leaves_nothing(scenes, made, tmp_path, run, monk
     def predict(self, f, y):
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(heads.HEADS["detection"], "predict", predict)
+    monkeypatch.setattr(by_task.HEADS["detection"], "predict", predict)
     code, _, err = run("eval_heads", *options("detection", scenes, made, tmp_path / "out"))
     assert code == 130 and err.splitlines()[-1].startswith("eval_heads.py: interrupted")
     assert "Traceback" not in err and not (tmp_path / "out").exists()

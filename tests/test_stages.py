@@ -23,6 +23,7 @@ import lora
 import stage1_heads
 import stage2_lora
 from data import coco
+from heads import by_task
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [path.stem for path in sorted(ROOT.glob("*.py")) if "common.launch(main)" in path.read_text()]
@@ -100,8 +101,8 @@ def test_both_stages_learn_on_real_images(real_coco, tmp_path, run, monkeypatch)
 
     untouched = keep("eva_mini", "random", seed=0)
     torch.manual_seed(0)
-    fresh_head = heads.HEADS["detection"](192, header["config"]["categories"]).eval()
-    trained_head = heads.load(head_file, 192)
+    fresh_head = by_task.HEADS["detection"](192, header["config"]["categories"]).eval()
+    trained_head = by_task.load(head_file, 192)
     tuned = keep("eva_mini", "random", seed=0)
     assert lora.load(tuned.vit, tmp_path / "two" / "lora.safetensors")["backbone"] == "eva_mini"
     initial = mean_loss(real_coco, untouched, fresh_head)
@@ -229,8 +230,8 @@ def test_tasks_come_as_often_as_their_probabilities():
 
 def test_head_lr_ratio_trains_the_heads_too(scenes, head, tmp_path, run, monkeypatch):
     """Table 11. At 0 the heads are not in the optimizer at all, and stay as they are bit for bit."""
-    changed, loaded, load = {}, [], heads.load
-    monkeypatch.setattr(heads, "load", lambda *a: loaded.append(load(*a)) or loaded[-1])
+    changed, loaded, load = {}, [], by_task.load
+    monkeypatch.setattr(by_task, "load", lambda *a: loaded.append(load(*a)) or loaded[-1])
     before = load_file(head / "detection.safetensors")
     for ratio in (0.0, 0.1):
         out = tmp_path / str(ratio)
@@ -344,7 +345,7 @@ def test_bad_options_are_one_line_before_anything_is_loaded_or_written(
 def test_bad_heads_are_refused_and_nothing_is_written(scenes, real_coco, head, tmp_path, run):
     wide = tmp_path / "wide.safetensors"
     categories = heads.read_header(head / "detection.safetensors")["config"]["categories"]
-    heads.save(heads.HEADS["detection"](96, categories), wide, "detection")
+    heads.save(by_task.HEADS["detection"](96, categories), wide, "detection")
     for options, says in (
         (stage2(scenes, tmp_path / "new", wide), "width 96, not 192"),
         (stage2(real_coco, tmp_path / "new", head), "knows 14 categories"),

@@ -15,6 +15,7 @@ import heads
 import lora
 import visualize
 from data.pose import mirror
+from heads import by_task
 
 MINI = ("--model", "eva_mini.px112", "--weights", "random")
 
@@ -126,7 +127,7 @@ def test_a_caption_is_drawn_with_a_map_for_each_word(run, scenes, tmp_path, monk
     f = backbone(TF.normalize(TF.to_dtype(pixels, scale=True), backbone.mean, backbone.std)[None])
     vocabulary = ["<pad>", "red", "star", "on", "grass", "<unk>", "<start>", "<end>"]
     torch.manual_seed(0)
-    head = heads.HEADS["captioning"](192, vocabulary).eval()
+    head = by_task.HEADS["captioning"](192, vocabulary).eval()
     optimizer = torch.optim.Adam(head.parameters(), 3e-3)
     for _ in range(20):
         optimizer.zero_grad()
@@ -152,7 +153,7 @@ def test_predictions_as_used(run, scenes, tuned, tmp_path):
     (tmp_path / "heads").mkdir()
     for task in ("detection", "segmentation", "panoptic"):
         torch.manual_seed(0)
-        head = heads.HEADS[task](192, categories)
+        head = by_task.HEADS[task](192, categories)
         heads.save(head, tmp_path / "heads" / f"{task}.safetensors", task, backbone="eva_mini.px112")
     picture = sorted((scenes / "val2017").glob("*.jpg"))[0]
     options = (
@@ -179,7 +180,7 @@ def test_keypoints_as_used(run, scenes, tmp_path):
     content = json.loads((scenes / "annotations" / "person_keypoints_val2017.json").read_text())
     names = content["categories"][0]["keypoints"]
     categories = [{"id": 1, "name": "person", "keypoints": names, "mirror": mirror(names)}]
-    heads.save(heads.HEADS["pose"](192, categories), tmp_path / "pose.safetensors", "pose")
+    heads.save(by_task.HEADS["pose"](192, categories), tmp_path / "pose.safetensors", "pose")
     first, second = sorted((scenes / "val2017").glob("*.jpg"))[:2]
     boxes = [{"image_id": int(first.stem), "bbox": [1, 2, 30, 40], "score": s} for s in (0.5, 0.25)]
     (tmp_path / "boxes.json").write_text(json.dumps(boxes))
