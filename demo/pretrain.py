@@ -181,6 +181,9 @@ def main() -> None:
     side = trunk.patch_embed.img_size[0]
     normalize = preprocess.transforms[-1]
 
+    can = torch.cpu.get_capabilities()
+    bf16 = any(can.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # else slower than fp32 by far
+
     # --- data
     pictures, tokens = draw(args.out, args.pictures, seed=args.seed, things=args.things, bare=args.bare)
 
@@ -215,7 +218,7 @@ def main() -> None:
         model.train()
         torch.manual_seed(args.seed * 1_000_003 + step)
         # torch's flash attention is slow on a CPU for so few tokens
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16), sdpa_kernel(SDPBackend.MATH):
             image_features, text_features, scale = model(images, texts)
         loss = loss_of(image_features.float(), text_features.float(), scale)
         optimizer.zero_grad(set_to_none=True)
