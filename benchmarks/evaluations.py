@@ -62,7 +62,7 @@ def commands(folder: Path) -> dict[str, str]:
     return {f"{task}, {what}": f"{in_domain} --task {task}" for task, what in items.items()} | {
         "OCR, words": f"eval_ocr.py {M} --head {folder}/ocr/before/ocr.safetensors --test {words}/test/plain "
         "--batch 32",
-        "GOI, pictures": f"eval_goi.py {M} --train {goi}/train.jsonl --val {goi}/val.jsonl --size 112 "
+        "GOI, a picture to train on and one to test": f"eval_goi.py {M} --train {goi}/train.jsonl --val {goi}/val.jsonl --size 112 "
         "--batch 32",
         "zero-shot classification, pictures": f"eval_zeroshot.py classification {CLIP} --batch 32 "
         f"--text-cache {folder}/texts --set plain={data}/shapes/plain",
@@ -101,7 +101,7 @@ def main() -> None:
                     times.append(seconds(f"{command} --limit {n}", folder / f"{number}_{n}_{k}"))
             few, many = map(statistics.median, spent.values())
             answer[name] = (args.many - args.few) / (many - few)
-            print(f"| {name} | {answer[name]:.0f} |", flush=True)
+            print(f"| {name} | {answer[name]:.1f} |", flush=True)
     print(json.dumps(answer))
 
 

@@ -47,7 +47,7 @@ def test_the_interval_is_students():
     low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
     assert (mean - half, mean + half) == pytest.approx((low, high))
     assert miniature.told(values).startswith("**+1.8**")
-    assert miniature.told([-0.01, 0.0, 0.0]) == "+0.0 ± 0.0"
+    assert miniature.told([-0.01, 0.0, 0.0]) == miniature.told([0.01, 0.01, 0.01]) == "+0.0 ± 0.0"
     assert miniature.told([1.0, -1.0, 0.5]).startswith("+0.2 ±")  # the interval has 0 in it
 
 
