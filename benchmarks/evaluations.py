@@ -62,8 +62,8 @@ def commands(folder: Path) -> dict[str, str]:
     return {f"{task}, {what}": f"{in_domain} --task {task}" for task, what in items.items()} | {
         "OCR, words": f"eval_ocr.py {M} --head {folder}/ocr/before/ocr.safetensors --test {words}/test/plain "
         "--batch 32",
-        "GOI, a picture to train on and one to test": f"eval_goi.py {M} --train {goi}/train.jsonl --val {goi}/val.jsonl --size 112 "
-        "--batch 32",
+        "GOI, a picture to train on and one to test": f"eval_goi.py {M} --train {goi}/train.jsonl "
+        f"--val {goi}/val.jsonl --size 112 --batch 32",
         "zero-shot classification, pictures": f"eval_zeroshot.py classification {CLIP} --batch 32 "
         f"--text-cache {folder}/texts --set plain={data}/shapes/plain",
         "retrieval, images with 5 captions": f"eval_zeroshot.py retrieval {CLIP} --batch 32 "
