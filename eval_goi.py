@@ -4,7 +4,7 @@ The paper's comparison (M3IT's coco-goi; 8 GPUs, eva_g), and one on a laptop tha
 
     torchrun --nproc_per_node 8 eval_goi.py --train coco-goi/train.jsonl --val coco-goi/val.jsonl \\
         --compare out/visft/lora_005000.safetensors
-    python eval_goi.py --model eva_mini --weights random --coco ../shared/data/coco --size 112
+    python eval_goi.py --model eva_mini --weights random --coco coco --size 112
 
 Which object of the picture is meant is drawn into it as a red box. Writes OUT/result.json, OUT/objects.jsonl
 (the five likeliest classes of each) and the features, OUT/features/*.npy, which a later run with the same

@@ -92,8 +92,10 @@ def plot(rows: list[dict], path: Path) -> None:
         mine = sorted((row for row in rows if row["grows"] == name), key=lambda row: row[name])
         for axis, key, label in zip(column, ("seconds", "MB"), ("s / step", "MB at the peak"), strict=True):
             axis.plot([row[name] for row in mine], [row[key] for row in mine], "o-")
-            axis.set(xlim=(0, None), ylim=(0, None), xlabel=name, ylabel=label if name == "tokens" else None)
+            axis.set(xlim=(0, None), xlabel=name, ylabel=label if name == "tokens" else None)
             axis.grid(alpha=0.3)
+    for axis in axes[:, 0]:  # a row shares them, so after all is drawn: else later points lie outside
+        axis.set_ylim(0, None)
     figure.savefig(path, dpi=120)
 
 

@@ -32,7 +32,7 @@ TASKS = ("detection", "segmentation", "captioning")
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--coco", default="../shared/data/coco", help="folder in COCO's layout")
+    p.add_argument("--coco", default="coco", help="folder in COCO's layout")
     p.add_argument("--workers", type=int, default=2, help="loader processes of each task")
     p.add_argument("--iters", type=int, default=24, help="steps")
     p.add_argument("--skip", type=int, default=4, help="first steps that do not count")

@@ -43,9 +43,9 @@ def example(stream: coco.Segmentation, row: int, side: int) -> tuple[torch.Tenso
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--coco", default="../shared/data/coco", help="folder in COCO's layout")
+    p.add_argument("--coco", default="coco", help="folder in COCO's layout")
     p.add_argument("--split", default="train2017")
-    few = [12448, 173350, 191381, 360772]  # of the small sample: 1 to 3 objects each, none tiny
+    few = [12448, 173350, 191381, 360772]  # of train2017: 1 to 3 objects each, none tiny
     p.add_argument("--images", type=int, nargs="+", default=few, metavar="ID")
     p.add_argument("--side", type=int, default=448, help="long side in pixels")
     p.add_argument("--iters", type=int, default=120)

@@ -82,8 +82,8 @@ visft() { # visft SEED: stage 2 and all that is measured with it
     # Algorithm 3: each with M and with M and dW; a new evaluation is a new step whose folder's name is its row's
     step "Algorithm 3: OCR (Table 3), seed $seed" "$RUN/ocr/result.json" \
         python eval_ocr.py "${M[@]}" "${BOTH[@]}" --train "$WORLD/words/train" --test "$WORLD/words/test" \
-        --size 56 112 --charset 36 --width 128 --iters 1000 --batch 32 --lr 1e-3 --warmup 100 "${RESUME[@]}" \
-        --out "$RUN/ocr"
+        --size 56 112 --charset 36 --width 128 --iters 1500 --batch 32 --lr 1e-3 --warmup 100 "${RESUME[@]}" \
+        --cache "$OUT/features" --out "$RUN/ocr"
     step "Algorithm 3: grounded object identification (Table 4), seed $seed" "$RUN/goi/result.json" \
         python eval_goi.py "${M[@]}" "${BOTH[@]}" --train "$WORLD/goi/train.jsonl" --val "$WORLD/goi/val.jsonl" \
         --size 112 --out "$RUN/goi"
@@ -105,6 +105,7 @@ if ((SEEDS > 1)); then
     for lane in "${lanes[@]}"; do wait "$lane"; done
     set +m
 fi
+rm -rf "$OUT/features" # 0.4 GB for each M that read words
 
 # Pictures of the first seed
 SCENES=("$WORLD"/coco/val2017/*.jpg)
