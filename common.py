@@ -297,9 +297,10 @@ class Checkpoint:
     def load(self) -> int:
         """Put everything back and return the step to go on with; 0 if there is no checkpoint yet.
 
-        Raises ValueError listing the options that differ from the run's.
+        Raises ValueError if there are checkpoints, but none can be read, or listing the options that differ
+        from the run's.
         """
-        state = None
+        state, damaged = None, []
         for path in (self.out / "last.pt", self.out / "previous.pt"):
             try:
                 with zipfile.ZipFile(path) as file:
@@ -310,7 +311,13 @@ class Checkpoint:
             except FileNotFoundError:
                 continue
             except Exception as error:  # whatever a half-written file makes them raise
-                print(f"{path} cannot be read ({type(error).__name__}): trying the one before it")
+                damaged.append(f"{path} cannot be read ({type(error).__name__})")
+        if damaged and state is None:
+            raise ValueError(
+                f"--resume: {'; '.join(damaged)}. Remove what is damaged to start again at step 0"
+            )
+        if damaged:
+            print(f"{damaged[0]}: going on from the one before it")
         if state is None:
             print(f"nothing to resume in {self.out}: starting at step 0")
             return 0

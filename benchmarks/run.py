@@ -18,7 +18,6 @@ import platform
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -56,11 +55,14 @@ def names() -> list[str]:
 
 
 def machine() -> str:
-    """This machine's processor, cores and torch."""
+    """This machine's processor with its vector instructions (many share a name), its cores, and torch."""
+    import torch
+
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
-    return f"{os.cpu_count()} cores of {model or platform.machine()}, torch {version('torch').split('+')[0]}"
+    model = f"{model or platform.machine()} with {torch.backends.cpu.get_cpu_capability()}"
+    return f"{os.cpu_count()} cores of {model}, torch {torch.__version__.split('+')[0]}"
 
 
 def load(seconds: float = 2.0) -> float | None:

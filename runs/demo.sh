@@ -82,7 +82,7 @@ visft() { # visft SEED: stage 2 and all that is measured with it
     # Algorithm 3: each with M and with M and dW; a new evaluation is a new step whose folder's name is its row's
     step "Algorithm 3: OCR (Table 3), seed $seed" "$RUN/ocr/result.json" \
         python eval_ocr.py "${M[@]}" "${BOTH[@]}" --train "$WORLD/words/train" --test "$WORLD/words/test" \
-        --size 56 112 --charset 36 --width 128 --iters 1500 --batch 32 --lr 1e-3 --warmup 100 "${RESUME[@]}" \
+        --size 56 112 --charset 36 --width 128 --iters 1200 --batch 32 --lr 1e-3 --warmup 100 "${RESUME[@]}" \
         --cache "$OUT/features" --out "$RUN/ocr"
     step "Algorithm 3: grounded object identification (Table 4), seed $seed" "$RUN/goi/result.json" \
         python eval_goi.py "${M[@]}" "${BOTH[@]}" --train "$WORLD/goi/train.jsonl" --val "$WORLD/goi/val.jsonl" \
@@ -117,7 +117,7 @@ step "Loss curves" "$OUT/figures/curves/curves.png" \
 step "Attention of [CLS] (Fig. 3)" "$OUT/figures/attention/$LAST.png" \
     python visualize.py attention "${SHOW[@]}" --out "$OUT/figures/attention"
 step "Boxes, masks and captions" "$OUT/figures/predict/${LAST}_captioning.png" \
-    python visualize.py predict "${SHOW[@]}" --heads "$OUT" --tasks "${TASKS[@]}" "${SCALE[@]}" --sure 0.3 \
+    python visualize.py predict "${SHOW[@]}" --heads "$OUT" --tasks "${TASKS[@]}" "${SCALE[@]}" --sure 0.1 \
     --out "$OUT/figures/predict"
 
 echo "== Report"

@@ -10,7 +10,7 @@
 set -euo pipefail
 OUT=${1:-${OUT:-out/miniature}} SEEDS=${SEEDS:-5} ROW_SEEDS=${ROW_SEEDS:-3} PARTS=" ${PARTS:-fault rows steps choose} "
 MINIATURE=$OUT
-echo "== On two cores the main effect takes 35 to 45 minutes, all parts 90 to 150; $SEEDS seeds, rows and controls $ROW_SEEDS"
+echo "== On two cores the main effect takes 35 to 50 minutes, all parts 90 to 150; $SEEDS seeds, rows and controls $ROW_SEEDS"
 STARTED=$SECONDS
 source "$(dirname "$0")/demo.sh" "$MINIATURE/demo" # the main effect: the demo, with more seeds; and its settings
 MAIN=$OUT OUT=$MINIATURE

@@ -158,6 +158,14 @@ def test_a_half_written_checkpoint_leaves_the_one_before(group, tmp_path, damage
     assert ("cannot be read" in capfd.readouterr().out) == (damage == "truncated")
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_again_unasked(group, tmp_path):
+    for damaged in (["last.pt"], ["last.pt", "previous.pt"]):
+        for name in damaged:
+            (tmp_path / name).write_bytes(b"half")
+        with pytest.raises(ValueError, match=f"{damaged[-1]} cannot be read .* Remove what is damaged"):
+            trained_checkpoint(tmp_path, 0)[0].load()
+
+
 def test_resuming_with_other_options_lists_them(group, tmp_path):
     trained_checkpoint(tmp_path, 1)
     changed, _ = trained_checkpoint(tmp_path, 0, arguments(lr=0.2, batch=3, workers=9, out="y"))

@@ -20,6 +20,7 @@ import lora
 import panoptic_quality
 from data import coco, pose, validation
 from data.captions import Captions
+from data.streams import open_items
 from heads import by_task
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -272,10 +273,10 @@ def test_scale_is_of_every_size(task, size):
 def made(scenes, tmp_path_factory) -> Path:
     """A random head for each task of the made-up world, and a dW that changes much."""
     out = tmp_path_factory.mktemp("made")
-    categories = coco.read_instances(scenes, "val2017").categories
     torch.manual_seed(0)
-    for task in ("detection", "segmentation"):
-        head = by_task.HEADS[task](192, categories)
+    for task in ("detection", "segmentation", "panoptic", "pose"):
+        args = Namespace(coco=scenes, split="val2017", image_scale=0.2, limit=None, persons=None)
+        head = by_task.HEADS[task](192, open_items(task, args).categories)
         for p in head.parameters():
             nn.init.normal_(p, std=0.08) if p.dim() > 1 else None  # else all queries answer alike
         heads.save(head, out / f"{task}.safetensors", task, backbone="eva_mini", no_cls=False)
@@ -319,17 +320,30 @@ def test_compare_is_both_runs_in_one(scenes, made, tmp_path, run, task):
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=0.02)
 
 
-@pytest.mark.parametrize("images", [1, 3])
-def test_two_ranks_are_one_process_to_the_digit(scenes, made, tmp_path, run, run_ranks, images):
-    """With one image fewer, and one more, than ranks."""
-    more = ("--limit", images)
-    assert run("eval_heads", *options("detection", scenes, made, tmp_path / "one", *more))[0] == 0
-    codes, outs = run_ranks(2, "eval_heads", *options("detection", scenes, made, tmp_path / "two", *more))
+@pytest.mark.parametrize(
+    "task, items", [("detection", 1), ("detection", 3), ("panoptic", 3), ("captioning", 3), ("pose", 3)]
+)
+def test_two_ranks_are_one_process_to_the_digit(
+    scenes, made, captioner, tmp_path, run, run_ranks, task, items
+):
+    """With one item fewer, and one more, than ranks."""
+    head, more = captioner if task == "captioning" else made, ("--limit", items)
+    assert run("eval_heads", *options(task, scenes, head, tmp_path / "one", *more))[0] == 0
+    codes, outs = run_ranks(2, "eval_heads", *options(task, scenes, head, tmp_path / "two", *more))
     assert codes == [0, 0], outs
     one, two = (json.loads((tmp_path / n / "result.json").read_text())["rows"] for n in ("one", "two"))
     assert one == two
     files = [(tmp_path / n / "predictions_before.json").read_bytes() for n in ("one", "two")]
-    assert files[0] == files[1] and len(json.loads(files[0])) == 100 * images
+    found = json.loads(files[0])
+    assert files[0] == files[1]
+    if task == "pose":
+        assert found  # one of a random head's persons stands for all that look like it
+    else:
+        each = 100 if task == "detection" else 1
+        assert len(found["annotations"] if task == "panoptic" else found) == each * items
+    pngs = [sorted((tmp_path / n / "predictions_before").glob("*.png")) for n in ("one", "two")]
+    assert [p.read_bytes() for p in pngs[0]] == [p.read_bytes() for p in pngs[1]]
+    assert len(pngs[0]) == items * (task == "panoptic")
 
 
 def test_what_cannot_be_is_one_line(scenes, real_coco, made, tmp_path, run):
