@@ -33,6 +33,7 @@ METRICS = [  # evaluation, metric, what the tables call it; for every set of the
     ("goi", "top-1", "GOI, top-1"),
     ("goi", "top-5", "GOI, top-5"),
     ("zeroshot", "acc1", "zero-shot, top-1"),
+    ("zeroshot", "acc5", "zero-shot, top-5"),
     ("retrieval", "TR@1", "image to text, R@1"),
     ("retrieval", "TR@5", "image to text, R@5"),
     ("retrieval", "IR@1", "text to image, R@1"),
