@@ -26,7 +26,8 @@ INTRODUCTION = """# Benchmarks
 Every section is a script of this folder, with the table that it printed. What is compared runs interleaved
 in one process, and figures are medians: the ratios are what to read. `python benchmarks/run.py` runs all
 scripts and writes this page anew, `python benchmarks/run.py --only NAME` one of them. Figures are measured
-unless a section calls them computed, and on a CPU unless it names a GPU. Where no other machine is named:
+unless a section calls them computed, and on a CPU unless it names a GPU. Two scripts need COCO, in `coco`:
+loaders.py and overfit.py. Where no other machine is named, a section's is:
 """
 QUICK = {  # the shortest run that still goes everywhere
     "blip2": ["--images", 1, "--rounds", 1],

@@ -7,8 +7,8 @@ workers, against the same tower fed from memory: the tower is what takes time, a
 workers counts. (b) `--compare` in one pass against `--lora none` and `--lora FILE` one after the other, with
 timm's test_vit (0.3 M parameters): a pass costs d + 2 t where two runs cost 2 (d + t), d for the pictures and
 t for the tower. Decoding is only the bottleneck where t is small beside d. On two cores, which the tower
-shares with the loaders, t is still about a quarter of a run with pictures of 640 x 480 (COCO) and not much
-less with 1024 x 768 (Open Images, NoCaps): one pass less one run, below. (c) Recall of 25,010 captions and
+shares with the loaders, t is no small part of a run: one pass less one run, below; less so with pictures of
+1024 x 768 (Open Images, NoCaps) than of 640 x 480 (COCO). (c) Recall of 25,010 captions and
 5,000 images at D = 1,024, in a process of its own, with the most memory it was resident in (ru_maxrss);
 beside it one product of the two: two are computed, block by block, none is held. (a) and (b) time the loop in
 the script's own main.
