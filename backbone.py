@@ -8,70 +8,49 @@ weights in a storage type of their own, and recomputation of the blocks in the b
 of LoRA.
 """
 
-import pickle
-import re
-import zipfile
+import argparse
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-import timm
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from timm.models import generate_default_cfgs, register_model
-from timm.models.eva import _cfg, _create_eva
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+import weights as weight_files
+from ranks import Ranks
 
 TIMM_NAMES = {  # ours -> timm's
     "eva_g": "eva_giant_patch14_clip_224.laion400m",  # Table 2, EVA-ViT-G: EVA01-CLIP-g, 1.0 B
     "eva_e": "eva02_enormous_patch14_clip_224.laion2b_plus",  # Table 2, EVA-ViT-E: EVA02-CLIP-E-plus, 4.4 B
 }
-
 IMAGENET_NORM = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean, std: what the authors' release uses
 
-TOWERS = {  # formats of --weights: where a file keeps the vision tower. Values and layouts never differ
-    "open_clip": "visual.trunk.",
-    "eva_clip": "visual.",  # the original EVA-CLIP .pt
-    "lavis": "visual_encoder.",  # BLIP-2 as LAVIS saves it; its eva_vit_g.pth has timm's names
-    "blip2": "vision_model.",  # BLIP-2 as transformers saves it, or
-    "timm": "",
-    "blip2_vision": "",  # its vision model alone
-}
-TRANSFORMERS = {  # timm's name -> transformers', in the formats blip2 and blip2_vision
-    "cls_token": "embeddings.class_embedding",
-    "pos_embed": "embeddings.position_embedding",
-    "patch_embed.proj": "embeddings.patch_embedding",
-    "blocks": "encoder.layers",
-    "norm1": "layer_norm1",
-    "norm2": "layer_norm2",
-    "attn.qkv": "self_attn.qkv",
-    "attn.proj": "self_attn.projection",
-    "norm": "post_layernorm",
-}
 
-default_cfgs = generate_default_cfgs(
-    {
-        "eva_mini.px224": _cfg(num_classes=0),
-        "eva_mini.px112": _cfg(num_classes=0, input_size=(3, 112, 112)),  # 8 x 8 positions: the demo's
-        "eva_g_blip2": _cfg(num_classes=0),
-    }
-)
+@cache
+def register_models() -> None:
+    """Have timm know eva_mini and eva_g_blip2. It is imported here: seconds that --help need not wait."""
+    from timm.models import generate_default_cfgs, register_model
+    from timm.models.eva import _cfg, _create_eva
 
+    global default_cfgs  # where timm looks for them
+    small = _cfg(num_classes=0, input_size=(3, 112, 112))  # 8 x 8 positions: the demo's
+    default_cfgs = generate_default_cfgs(
+        {"eva_mini.px224": _cfg(num_classes=0), "eva_mini.px112": small, "eva_g_blip2": _cfg(num_classes=0)}
+    )
 
-@register_model
-def eva_mini(pretrained: bool = False, **kwargs):
-    """EVA-ViT-G's architecture at 2.8 M parameters: for the demo, the tests, and a laptop."""
-    size = dict(patch_size=14, embed_dim=192, depth=6, num_heads=3, mlp_ratio=4, global_pool="token")
-    return _create_eva("eva_mini", pretrained=pretrained, **{**size, **kwargs})
+    @register_model
+    def eva_mini(pretrained: bool = False, **kwargs):
+        """EVA-ViT-G's architecture at 2.8 M parameters: for the demo, the tests, and a laptop."""
+        size = dict(patch_size=14, embed_dim=192, depth=6, num_heads=3, mlp_ratio=4, global_pool="token")
+        return _create_eva("eva_mini", pretrained=pretrained, **{**size, **kwargs})
 
-
-@register_model
-def eva_g_blip2(pretrained: bool = False, **kwargs):
-    """EVA-ViT-G as BLIP-2 has it: 39 of its 40 blocks, then a norm of BLIP-2's own."""
-    size = dict(patch_size=14, embed_dim=1408, depth=39, num_heads=16, mlp_ratio=6144 / 1408)
-    return _create_eva("eva_g_blip2", pretrained=pretrained, **{**size, "global_pool": "token", **kwargs})
+    @register_model
+    def eva_g_blip2(pretrained: bool = False, **kwargs):
+        """EVA-ViT-G as BLIP-2 has it: 39 of its 40 blocks, then a norm of BLIP-2's own."""
+        size = dict(patch_size=14, embed_dim=1408, depth=39, num_heads=16, mlp_ratio=6144 / 1408)
+        return _create_eva("eva_g_blip2", pretrained=pretrained, **{**size, "global_pool": "token", **kwargs})
 
 
 # Bytes that a head and its loss take for each token of the ViT: benchmarks/memory.py computes 284,000
@@ -103,6 +82,9 @@ class Backbone(nn.Module):
 
     def __init__(self, name: str, use_cls: bool = True, pretrained: bool = False):
         super().__init__()
+        import timm
+
+        register_models()
         timm_name = TIMM_NAMES.get(name, name)
         if not timm.is_model(timm_name):
             raise ValueError(
@@ -237,10 +219,44 @@ class Backbone(nn.Module):
         return torch.cat([prefix.expand(len(grid), -1, -1), grid], 1)
 
 
+# --- which M, by options or by name
+
+
+def add_backbone_options(p: argparse.ArgumentParser) -> None:
+    add = p.add_argument_group("backbone M").add_argument
+    add("--model", default="eva_g", help="eva_g, eva_e (Table 2), eva_mini, or the name of any timm ViT")
+    where = "a file, `pretrained` (timm downloads) or `random` (default: weights/MODEL.safetensors)"
+    add("--weights", help=where)
+    add("--no-cls", action="store_true", help="no [CLS] in the sequence (the authors' release)")
+    add("--imagenet-norm", action="store_true", help="ImageNet's mean and std (the release), not the model's")
+
+
+def check_backbone_options(args: argparse.Namespace) -> None:
+    """Fill in the default weights. Raises FileNotFoundError if there are none."""
+    args.weights = args.weights or f"weights/{args.model}.safetensors"
+    if args.weights not in ("random", "pretrained") and not Path(args.weights).exists():
+        raise FileNotFoundError(
+            f"no backbone weights at {args.weights}: pass --weights FILE, or `pretrained` (timm downloads)"
+        )
+
+
+def backbone_settings(args: argparse.Namespace) -> dict:
+    """The options that decide which features a head or LoRA sees; kept in their files."""
+    return {"backbone": args.model, "no_cls": args.no_cls, "imagenet_norm": args.imagenet_norm}
+
+
+def open_backbone(args: argparse.Namespace, ranks: Ranks) -> Backbone:
+    """M as the options say, on this rank's device, frozen."""
+    backbone = load(args.model, args.weights, ranks.dtype, ranks.device, args.seed, not args.no_cls)
+    if args.imagenet_norm:
+        backbone.mean, backbone.std = IMAGENET_NORM
+    return backbone
+
+
 def load(name: str, weights: str, dtype=torch.float32, device="cpu", seed: int = 0, use_cls=True) -> Backbone:
     """A frozen Backbone with its weights.
 
-    weights: a file, or folder of safetensors, in any of the formats TOWERS; `pretrained` (timm's); `random`
+    weights: a file, or folder of safetensors, in a format of weights.TOWERS; `pretrained` (timm's); `random`
         (from `seed`)
     dtype: how the frozen weights are stored
     Raises FileNotFoundError, or ValueError naming weights that are missing, unexpected or of another shape.
@@ -251,13 +267,13 @@ def load(name: str, weights: str, dtype=torch.float32, device="cpu", seed: int =
             backbone = Backbone(name, use_cls, pretrained=weights == "pretrained")
         return backbone.to(device=device, dtype=dtype)
 
-    state = read(weights)
-    state = tower(state, recognize(state) or "timm")
+    state = weight_files.read(weights)
+    state = weight_files.tower(state, weight_files.recognize(state) or "timm")
     state = {k: v for k, v in state.items() if not k.startswith("head.")}  # the CLIP projection is not M
     with torch.device("meta"):
         backbone = Backbone(name, use_cls)
     vit = backbone.vit
-    check(state, vit.state_dict(), f"{weights} does not fit --model {name}")
+    weight_files.check(state, vit.state_dict(), f"{weights} does not fit --model {name}")
     vit.load_state_dict({k: v.to(device=device, dtype=dtype) for k, v in state.items()}, assign=True)
     for module in vit.modules():  # EVA's zero key bias, RoPE tables: not in the file, so still on meta
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
@@ -265,99 +281,3 @@ def load(name: str, weights: str, dtype=torch.float32, device="cpu", seed: int =
                 setattr(module, key, torch.empty_like(buffer, device=device))
             module.init_non_persistent_buffers()
     return backbone.to(device=device, dtype=dtype).requires_grad_(False)
-
-
-# --- files
-
-
-def save(backbone: Backbone, path: str | Path) -> None:
-    """The weights under timm's names, to `load` or for timm itself."""
-    part = Path(f"{path}.tmp")
-    save_file({name: value.contiguous() for name, value in backbone.vit.state_dict().items()}, part)
-    part.replace(path)
-
-
-def read(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of a file, or of a folder's safetensors, mapped from the disk: read only when used.
-
-    Never runs code. Raises FileNotFoundError, or ValueError: truncated, not tensors, or a pickle that needs
-    code.
-    """
-    path = Path(path)
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []
-    if not files:
-        raise FileNotFoundError(f"no weights at {path}: expected a file, or a folder with *.safetensors")
-    state = {}
-    for file in files:
-        try:
-            if file.suffix == ".safetensors":
-                state.update(load_file(file))
-            else:  # mmap: only torch's own zip files can be mapped, older ones are read
-                state = torch.load(file, "cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-        except pickle.UnpicklingError as error:
-            needs = re.search(r"GLOBAL ([\w.]+\.\w+)", str(error))
-            why = f"to run {needs[1]}" if needs else "more than tensors"
-            raise ValueError(
-                f"{file}: refused: this pickle wants {why}, and only tensors are read"
-            ) from error
-        except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-            why = str(error).split(". ")[0].splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(f"{file}: truncated, or not a file of weights ({why})") from error
-    for key in ("model", "module", "state_dict"):  # what others wrap their weights in
-        state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
-    if not isinstance(state, dict):
-        raise ValueError(f"{path}: holds {type(state).__name__}, not tensors by name")
-    return {k.removeprefix("module."): v for k, v in state.items() if isinstance(v, Tensor)}
-
-
-def timm_name(name: str, format: str) -> str | None:
-    """What timm calls a tensor of a file; None if it does not belong to the vision tower."""
-    if format == "lavis" and name.startswith("ln_vision."):
-        return name.replace("ln_vision", "norm")
-    if not name.startswith(TOWERS[format]):
-        return None
-    name = name.removeprefix(TOWERS[format])
-    for ours, theirs in TRANSFORMERS.items() if format.startswith("blip2") else ():
-        name = re.sub(rf"(?<!\w){theirs}(?!\w)", ours, name)
-    return name
-
-
-def file_name(name: str, format: str) -> str:
-    """What a file calls a tensor (or layer) that timm calls `name`: the inverse of timm_name."""
-    for ours, theirs in TRANSFORMERS.items() if format.startswith("blip2") else ():
-        name = re.sub(rf"(?<!\w){ours}(?!\w)", theirs, name)
-    return TOWERS[format] + name
-
-
-def recognize(names) -> str | None:
-    """Which of the formats a file has, from its names; None if it holds no vision tower."""
-    first = {f: file_name("patch_embed.proj.weight", f) for f in TOWERS}
-    return next((format for format, name in first.items() if name in names), None)
-
-
-def tower(state: dict[str, Tensor], format: str) -> dict[str, Tensor]:
-    """The vision tower with timm's names; what else a CLIP or a BLIP-2 has is left out."""
-    found = {}
-    for name, value in state.items():
-        name = timm_name(name, format)
-        if name and format.startswith("blip2") and name.endswith("attn.qkv.bias"):
-            q, _, v = value.chunk(3)  # the same key bias for all keys: softmax does not see it, EVA has none
-            prefix = name.removesuffix("qkv.bias")
-            found[f"{prefix}q_bias"], found[f"{prefix}v_bias"] = q.clone(), v.clone()
-        elif name:
-            found[name] = value
-    return found
-
-
-def check(state: dict[str, Tensor], expected: dict[str, Tensor], told: str) -> None:
-    """Raises ValueError, ten lines at most, unless names and shapes are those expected."""
-    wrong = [f"missing {k}" for k in expected if k not in state]
-    wrong += [f"unexpected {k}" for k in state if k not in expected]
-    wrong += [
-        f"{k} is {tuple(v.shape)}, expected {tuple(expected[k].shape)}"
-        for k, v in state.items()
-        if k in expected and v.shape != expected[k].shape
-    ]
-    if wrong:
-        more = [f"and {len(wrong) - 8} more"] if len(wrong) > 8 else []
-        raise ValueError("\n  ".join([f"{told}, {len(wrong)} tensors:", *wrong[:8], *more]))

@@ -1,7 +1,7 @@
 """BLIP-2 (arXiv 2301.12597) with a vision tower M that ViSFT has tuned; the rest of it stays as it was.
 
     blip = Blip2("Salesforce/blip2-opt-2.7b", torch.bfloat16, "cuda")   # or a local folder; OPT or T5 inside
-    become, notes = blip.attach("lora.safetensors")     # become("after"): M with dW; "before": as it was
+    set_M, notes = blip.attach("lora.safetensors")      # set_M("after"): M with dW; "before": as it was
     f = blip.vision(images)                     # (B, N, D), M's tokens
     texts = blip.generate(blip.queries(f), ["Question: what is this? Short answer:"] * B, GENERATION)
 
@@ -11,7 +11,6 @@ The models are transformers'. What is done here instead of in their `generate` a
 image however many texts go with it, and prompts have LAVIS's tokens whatever the folder's tokenizer adds.
 """
 
-import argparse
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -85,7 +84,11 @@ class Blip2:
             lora.load(tower, path, without=spare)
             if spare:
                 notes.append(f"{path}: {spare} left out: BLIP-2 stops after {len(tower['blocks'])} blocks")
-        return lambda variant: lora.switch(tower, on=variant == "after") and None, notes
+
+        def set_M(variant: str) -> None:
+            lora.switch(tower, on=variant == "after")
+
+        return set_M, notes
 
     @torch.no_grad()
     def vision(self, images: Tensor) -> Tensor:
@@ -269,70 +272,6 @@ def spare_block(path: str | Path, config: transformers.PretrainedConfig) -> str 
             f"{path} is of {has[0]} blocks of width {has[1]}, BLIP-2's tower has {want[0]} of {want[1]}"
         )
     return f"blocks.{want[0]}." if has[0] > want[0] else None
-
-
-# --- generation
-
-
-def add_generation_options(p: argparse.ArgumentParser, **default) -> None:
-    """--blip2 and how its language model writes; `default` by the options' names."""
-    add = p.add_argument
-    add(
-        "--blip2",
-        metavar="DIR|NAME",
-        help="transformers' BLIP-2 with OPT or T5: a folder, or a name on the hub",
-    )
-    add("--beams", type=int, default=default["beams"], help="of the beam search (LAVIS: 5; 1 = greedy)")
-    add("--max-new-tokens", type=int, default=default["most"], help="of an answer, at most")
-    add("--min-new-tokens", type=int, default=default["least"], help="of an answer, at least")
-    add("--length-penalty", type=float, default=default["length_penalty"], help=default["length_help"])
-    add(
-        "--repetition-penalty",
-        type=float,
-        default=1.0,
-        help="1 = off (LAVIS since 2023-12: 1.15 in captions)",
-    )
-    add("--resume", action="store_true", help="go on with the answers in --out")
-    add("--results", nargs="+", metavar="FILE", help="score these instead of asking a model: [before] after")
-
-
-def check_generation_options(args: argparse.Namespace, variants: list[str]) -> list[str]:
-    """Refuse what cannot work; returns the variants, which with --results are the files'."""
-    if args.results:
-        for option in ("blip2", "images", "lora", "limit", "resume"):
-            if getattr(args, option):
-                raise ValueError(f"--results scores answers that are there: --{option} has no part in it")
-        if len(args.results) > 2:
-            raise ValueError(f"--results takes one file, or two to compare, got {len(args.results)}")
-        return ["before", "after"][-len(args.results) :]
-    if not args.blip2 or not args.images:
-        raise ValueError("--blip2 and --images are needed, or --results to score answers that are there")
-    for name, least in {
-        "beams": 1,
-        "min_new_tokens": 0,
-        "max_new_tokens": max(1, args.min_new_tokens),
-    }.items():
-        if getattr(args, name) < least:
-            got = f"got {getattr(args, name)}"
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, {got}")
-    if not args.repetition_penalty > 0:
-        raise ValueError(f"--repetition-penalty must be positive, got {args.repetition_penalty}")
-    if not Path(args.images).is_dir():
-        raise FileNotFoundError(f"--images {args.images}: no such folder")
-    config = read_config(args.blip2, retrieval=False)
-    if args.lora:
-        spare_block(args.lora, config)
-    return variants
-
-
-def generation_settings(args: argparse.Namespace, length_penalty: float) -> dict:
-    """transformers' names; length_penalty: if the option does not say"""
-    names = ("max_new_tokens", "min_new_tokens", "repetition_penalty")
-    settings = {"num_beams": args.beams, **{name: getattr(args, name) for name in names}}
-    if args.beams > 1:
-        given = args.length_penalty
-        settings["length_penalty"] = length_penalty if given is None else given
-    return settings
 
 
 def clean_caption(caption: str) -> str:

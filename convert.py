@@ -14,21 +14,19 @@ import argparse
 import json
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
-import backbone as vit
-import common
-import evaluation
+import files
 import lora
-from heads import by_task
+import tasks
+import weights as weight_files
+from backbone import TIMM_NAMES, Backbone
+from ranks import launch
 
 # Width and number of blocks -> --model
 MODELS = {(1408, 40): "eva_g", (1408, 39): "eva_g_blip2", (1792, 64): "eva_e", (192, 6): "eva_mini"}
@@ -97,7 +95,7 @@ def main() -> None:
     add = sub.add_parser("import", help="others' backbone, LoRA or head -> ours").add_argument
     add("src", metavar="SRC", help="a file, or a BLIP-2 folder of transformers")
     add("dst", metavar="DST", help="the .safetensors to write")
-    kinds = [*vit.TOWERS, "lora", *RELEASE]
+    kinds = [*weight_files.TOWERS, "lora", *RELEASE]
     add("--from", dest="kind", choices=kinds, help="what SRC is (default: by its names)")
     add("--model", help=model)
     add("--words", metavar="FILE", help="captioning: the release's WORDMAP_*.json (default: <1>, <2>, ...)")
@@ -120,7 +118,7 @@ def import_(args: argparse.Namespace) -> None:
     src, dst = Path(args.src), Path(args.dst)
     if dst.suffix != ".safetensors" or dst.is_dir():
         raise ValueError(f"{dst}: our files are .safetensors")
-    state = {name.removeprefix("visft_heads."): value for name, value in vit.read(src).items()}
+    state = {name.removeprefix("visft_heads."): value for name, value in weight_files.read(src).items()}
     kind = args.kind or recognize(state, src)
     if args.words and kind != "captioning":
         raise ValueError(f"--words goes with a captioning head; {src} holds {kind}")
@@ -129,19 +127,19 @@ def import_(args: argparse.Namespace) -> None:
     elif kind in RELEASE:
         told = import_head(state, kind, args)
     else:
-        weights = vit.tower(state, kind)
+        weights = weight_files.tower(state, kind)
         name = fits(weights, src, args.model)
         write(dst, weights)
-        rest = sum(not vit.timm_name(k, kind) for k in state)
+        rest = sum(not weight_files.timm_name(k, kind) for k in state)
         told = [f"backbone {name}; left out: {rest} tensors outside of the vision tower"]
     print(f"{dst}: {src}, read as {kind}", *told, sep="\n  ")
 
 
 def recognize(state: dict[str, Tensor], src: Path) -> str:
-    """What the names say: lora, a head's task, or a format of backbone.TOWERS."""
+    """What the names say: lora, a head's task, or a format of weight_files.TOWERS."""
     if any(name.endswith(".lora_A") for name in state):
         return "lora"
-    if kind := vit.recognize(state):
+    if kind := weight_files.recognize(state):
         return kind
     tasks = [task for task in RELEASE if any(head_name(name, task) is not None for name in state)]
     if len(tasks) == 1:
@@ -160,8 +158,8 @@ def import_lora(state: dict[str, Tensor], args: argparse.Namespace) -> list[str]
     depth = 1 + max(int(k.split(".")[1]) for k in found if re.match(r"blocks\.\d+\.", k))
     name = model_name(dim, depth, args.src, args.model)
     with torch.device("meta"):
-        expected = lora.parameters(lora.attach(vit.Backbone(name).vit, rank))
-    vit.check(found, expected, f"{args.src} is no LoRA of rank {rank} for {name}")
+        expected = lora.parameters(lora.attach(Backbone(name).vit, rank))
+    weight_files.check(found, expected, f"{args.src} is no LoRA of rank {rank} for {name}")
     header = {"rank": rank, "alpha": 1.0, "targets": ["qkv"], **released_features(name)}
     write(Path(args.dst), {k: v.float() for k, v in found.items()}, lora=header)
     return [f"LoRA of rank {rank}, alpha 1 (the release's scale, 1/{rank}), for all {depth} blocks of {name}"]
@@ -191,9 +189,9 @@ def import_head(state: dict[str, Tensor], task: str, args: argparse.Namespace) -
     arguments = {"categories": COCO, "eq2_h": False} if task == "segmentation" else {"categories": COCO}
     if task == "captioning":
         arguments = {"vocabulary": vocabulary(args.words, len(found.get("embedding.weight", ())))}
-    head = by_task.HEADS[task](dim, **arguments)
+    head = tasks.find(task).Head(dim, **arguments)
     told = adapt(found, task)
-    vit.check(found, head.state_dict(), f"{args.src} is no {task} head of the release")
+    weight_files.check(found, head.state_dict(), f"{args.src} is no {task} head of the release")
     write(Path(args.dst), found, head={"task": task, "config": head.config, **released_features(name)})
     told += [f"left out: {name}" for name in left[:8]] + [f"and {len(left) - 8} more"] * (len(left) > 8)
     return [f"{task} head for {name} (width {dim}), {len(found)} tensors", *told]
@@ -243,7 +241,7 @@ def vocabulary(words: str | None, n: int) -> list[str]:
 
 
 def released_features(name: str) -> dict:
-    """What the release trained on (see common.features_of)."""
+    """What the release trained on (see backbone.backbone_settings)."""
     return {"backbone": name, "no_cls": True, "imagenet_norm": True, "source": "TencentARC/ViSFT"}
 
 
@@ -262,14 +260,14 @@ def export(args: argparse.Namespace) -> None:
     for file in args.results:
         if not Path(file).is_file():
             raise FileNotFoundError(f"--results {file}: no such file")
-    state = vit.read(args.weights)
-    source, needed = vit.recognize(state), NEEDED.get(args.to, vit.TOWERS)
+    state = weight_files.read(args.weights)
+    source, needed = weight_files.recognize(state), NEEDED.get(args.to, weight_files.TOWERS)
     if source not in needed or (args.to == "open_clip" and not any(k.startswith("text.") for k in state)):
         needed = " or ".join(needed)
         raise ValueError(f"{args.weights} is {source or 'no ViT'}: --to {args.to} needs a whole {needed}")
     if args.to == "blip2" and not Path(args.weights).is_dir():
         raise ValueError(f"{args.weights}: --to blip2 needs the folder that save_pretrained wrote")
-    tower, header, updates, told = vit.tower(state, source), {}, {}, []
+    tower, header, updates, told = weight_files.tower(state, source), {}, {}, []
     if args.to in ("blip2", "peft") and not args.model:  # any size: only the LoRA has to fit
         name = f"the vision tower of {Path(args.weights).name}"
     else:
@@ -282,11 +280,13 @@ def export(args: argparse.Namespace) -> None:
     if args.to == "peft":
         write_peft(dst, updates, header, source, args.weights, text)
     elif args.to == "blip2":
-        write_blip2(dst, Path(args.weights), {vit.file_name(k, source): u for k, u in updates.items()}, text)
+        write_blip2(
+            dst, Path(args.weights), {weight_files.file_name(k, source): u for k, u in updates.items()}, text
+        )
     else:
-        out = {vit.file_name(k, args.to): merge(v, updates.get(k)) for k, v in tower.items()}
+        out = {weight_files.file_name(k, args.to): merge(v, updates.get(k)) for k, v in tower.items()}
         if args.to != "timm" and source in NEEDED["open_clip"]:
-            out |= {k: v for k, v in state.items() if vit.timm_name(k, source) is None}
+            out |= {k: v for k, v in state.items() if weight_files.timm_name(k, source) is None}
         write(dst, out)
         dst.with_suffix(".md").write_text(text)
     print(f"{dst}: {args.weights} ({source}) + {args.lora}", *told, use, sep="\n  ")
@@ -300,7 +300,7 @@ def how_to_use(args: argparse.Namespace, name: str, tower: dict[str, Tensor]) ->
     if name not in MODELS.values():  # others may average the patches, under another name of the norm
         more += 'global_pool="token", '
     more += "depth=39, " * (name == "eva_g_blip2")
-    return USE[args.to].format(dst=args.dst, timm=vit.TIMM_NAMES.get(timm, timm).split(".")[0], more=more)
+    return USE[args.to].format(dst=args.dst, timm=TIMM_NAMES.get(timm, timm).split(".")[0], more=more)
 
 
 def read_lora(path: str, tower: dict[str, Tensor], source: str, weights: str) -> tuple[dict, dict, list[str]]:
@@ -321,7 +321,9 @@ def read_lora(path: str, tower: dict[str, Tensor], source: str, weights: str) ->
         updates[layer] = lora.LoRALinear(linear, header["rank"], header["alpha"], blocks, updated)
     parts = [(layer, part) for layer in layers for part in ("lora_A", "lora_B")]
     expected = {f"{layer}.{part}": getattr(updates[layer], part) for layer, part in parts}
-    vit.check(state, expected, f"{path}, tuned on {header.get('backbone', '?')}, does not fit {weights}")
+    weight_files.check(
+        state, expected, f"{path}, tuned on {header.get('backbone', '?')}, does not fit {weights}"
+    )
     for layer, part in parts:
         setattr(updates[layer], part, nn.Parameter(state[f"{layer}.{part}"], requires_grad=False))
     return header, {f"{layer}.weight": update for layer, update in updates.items()}, told
@@ -335,10 +337,10 @@ def merge(weight: Tensor, update: lora.LoRALinear | None) -> Tensor:
 def write_blip2(dst: Path, base: Path, updates: dict[str, lora.LoRALinear], text: str) -> None:
     """A copy of the folder with the LoRA merged into its vision tower, one file at a time."""
     left_out = shutil.ignore_patterns("*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", ".*")
-    files, total = sorted(base.glob("*.safetensors")), 0
-    with whole(dst, 2 * sum(file.stat().st_size for file in files)) as part:
+    shards, total = sorted(base.glob("*.safetensors")), 0
+    with files.replacing(dst, 2 * sum(file.stat().st_size for file in shards)) as part:
         shutil.copytree(base, part, ignore=left_out)
-        for file in files:
+        for file in shards:
             out = {k: merge(v, updates.get(k)) for k, v in load_file(file).items()}
             total += size(out)
             save_file(out, part / file.name, metadata={"format": "pt"})
@@ -357,7 +359,7 @@ def write_peft(dst: Path, updates: dict, header: dict, source: str, weights: str
     """
     state, targets, factor = {}, [], 1
     for name, update in updates.items():
-        target, B = vit.file_name(name.removesuffix(".weight"), source), update.lora_B
+        target, B = weight_files.file_name(name.removesuffix(".weight"), source), update.lora_B
         if update.blocks == 3:
             (q, v), zeros, factor = B.chunk(2), torch.zeros(len(B) // 2, B.shape[1]), 2
             B = torch.cat([torch.cat([q, zeros, zeros]), torch.cat([zeros, zeros, v])], 1)  # (3 D, 2 r)
@@ -369,7 +371,7 @@ def write_peft(dst: Path, updates: dict, header: dict, source: str, weights: str
         "r": factor * header["rank"], "lora_alpha": factor * header["alpha"], "lora_dropout": 0.0,
         "inference_mode": True,
     }  # fmt: skip
-    with whole(dst, size(state)) as part:
+    with files.replacing(dst, size(state)) as part:
         part.mkdir()
         save_file(state, part / "adapter_model.safetensors", metadata={"format": "pt"})
         (part / "adapter_config.json").write_text(json.dumps(config, indent=2))
@@ -390,7 +392,7 @@ def card(args: argparse.Namespace, name: str, header: dict, told: list[str], use
     lines = [CARD.format(name=name, tuned=" after ViSFT" * bool(header), to=args.to, use=use)]
     lines += [f"LoRA: {what}. {json.dumps(header) if header else ''}", *(f"- {line}" for line in told), ""]
     lines += ["| made of | sha256 |", "|---|---|"]
-    lines += [f"| {file} | {evaluation.sha256(file)} |" for file in made_of]
+    lines += [f"| {file} | {files.sha256(file)} |" for file in made_of]
     for title, content in details.items():
         lines += ["", f"## {title}", "", "```json", json.dumps(content, indent=1, default=str), "```"]
     return "\n".join(lines) + "\n"
@@ -405,9 +407,9 @@ def fits(tower: dict[str, Tensor], src: str | Path, given: str | None) -> str:
     dim = tower["patch_embed.proj.weight"].shape[0] if "patch_embed.proj.weight" in tower else 0
     name = given or model_name(dim, len(blocks), src, None)
     with torch.device("meta"):
-        expected = vit.Backbone(name).vit.state_dict()
+        expected = Backbone(name).vit.state_dict()
     body = {k: v for k, v in tower.items() if not k.startswith("head.")}
-    vit.check(body, expected, f"{src} does not fit --model {name}")
+    weight_files.check(body, expected, f"{src} does not fit --model {name}")
     return name
 
 
@@ -416,7 +418,7 @@ def model_name(dim: int, depth: int, src: str | Path, given: str | None) -> str:
     found = f"{src}: width {dim}, {depth} blocks"
     if given:
         with torch.device("meta"):
-            backbone = vit.Backbone(given)
+            backbone = Backbone(given)
         if (have := (backbone.dim, len(backbone.vit.blocks))) != (dim, depth):
             raise ValueError(f"{found}; --model {given} has width {have[0]}, {have[1]} blocks")
     elif (dim, depth) not in MODELS:
@@ -430,31 +432,12 @@ def size(state: dict[str, Tensor]) -> int:
 
 def write(dst: Path, state: dict[str, Tensor], **header: dict) -> None:
     """A .safetensors, with what is given as JSON in its header, or torch's .pt."""
-    with whole(dst, size(state)) as part:
-        if dst.suffix == ".pt":
+    if dst.suffix == ".pt":
+        with files.replacing(dst, size(state)) as part:
             torch.save(state, part)
-        else:
-            metadata = {name: json.dumps(content) for name, content in header.items()} or {"format": "pt"}
-            save_file({k: v.contiguous() for k, v in state.items()}, part, metadata=metadata)
-
-
-@contextmanager
-def whole(dst: Path, need: int) -> Iterator[Path]:
-    """A place to write to that becomes `dst` once all is there: `dst` is replaced whole or not touched."""
-    dst.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(dst.parent).free
-    if free < need:
-        needs = f"needs {need / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB"
-        raise ValueError(f"{dst}: {needs}: nothing written")
-    part = dst.with_name(f"{dst.name}.tmp")
-    try:
-        yield part
-        part.replace(dst)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{dst}: not written: {error}") from error
-    finally:
-        shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
+    else:
+        files.save(state, dst, **header)
 
 
 if __name__ == "__main__":
-    common.launch(main)
+    launch(main)

@@ -18,11 +18,12 @@ import numpy as np
 import torch.distributed as dist
 from tqdm import tqdm
 
-import blip2
-import common
+import answers
 import evaluation
-from caption_scores import caption_scores
-from data import zeroshot
+import files
+from data.pictures import Pictures, collate, locate
+from ranks import launch, start
+from scores.captions import caption_scores, check_images
 
 DOMAINS = ("in-domain", "near-domain", "out-domain")  # NoCaps'; "overall" is all of them
 
@@ -39,35 +40,37 @@ def main() -> None:
         help="what captions go on from (BLIP-2; LAVIS: none before finetuning)",
     )
     length = dict(length_penalty=None, length_help="of beams, 0 = off (default: 1)")
-    blip2.add_generation_options(p, beams=5, most=30, least=8, **length)
+    answers.add_generation_options(p, beams=5, most=30, least=8, **length)
     evaluation.add_options(p, "out/caption", batch=16)
     args = p.parse_args()
-    variants = blip2.check_generation_options(args, evaluation.check_options(args))
+    variants = answers.check_generation_options(args, evaluation.check_options(args))
 
     # --- setup
-    ranks = common.start(args)
+    ranks = start(args, p)
 
     # --- data
     E = read(args.captions)[: args.limit]
     if args.results:
         captions = [read_results(path) for path in args.results]
         for found in captions:
-            evaluation.check_images([item["id"] for item in E], found)
+            check_images([item["id"] for item in E], found)
         return report(args, E, dict(zip(variants, captions, strict=True)), {}, [])
-    files = zeroshot.locate(args.images, [item["image"] for item in E], args.captions)
+    pictures = locate(args.images, [item["image"] for item in E], args.captions)
 
     # --- model
+    import blip2  # transformers: seconds that --help need not wait
+
     blip = blip2.Blip2(args.blip2, ranks.dtype, ranks.device)
-    become, notes = blip.attach(args.lora)
-    settings = blip2.generation_settings(args, length_penalty=1.0)
+    set_M, notes = blip.attach(args.lora)
+    settings = answers.generation_settings(args, length_penalty=1.0)
     protocol = {"generation": settings, "prompt": args.prompt, "blip2": blip.version}
 
     # --- resume
-    hashes = [evaluation.sha256(file) for file in (args.captions, args.lora) if file]
+    hashes = [files.sha256(file) for file in (args.captions, args.lora) if file]
     # Alg. 3, line 1: initialize results list R_o, with what a killed run has left behind
-    R_o = evaluation.Answers(args, ranks, {**protocol, "files": hashes})
+    R_o = answers.Answers(args, ranks, {**protocol, "files": hashes})
     done = {i for i, item in enumerate(E) if R_o.have([item["id"]], variants)}
-    batches = evaluation.loader(zeroshot.Pictures(files, blip.transform), args, ranks, zeroshot.collate, done)
+    batches = evaluation.loader(Pictures(pictures, blip.transform), args, ranks, collate, done)
 
     # --- loop
     for index, x, unread in tqdm(batches, disable=ranks.rank > 0):  # Alg. 3, line 2: for x in E_o(x)
@@ -75,7 +78,7 @@ def main() -> None:
             raise ValueError(why)
         found = {}
         for variant in variants:
-            become(variant)
+            set_M(variant)
             f = blip.vision(x)  # Alg. 3, line 3: extract feature f* = M(x; dW*) for input x
             prompts = [args.prompt] * len(x)
             found[variant] = blip.generate(blip.queries(f), prompts, settings, args.batch)  # Alg. 3, line 4
@@ -152,7 +155,7 @@ def read_results(path: str) -> dict:
 
 
 def report(
-    args, E: list[dict], captions: dict[str, dict], protocol: dict, notes: list[str], files=()
+    args, E: list[dict], captions: dict[str, dict], protocol: dict, notes: list[str], weights=()
 ) -> None:
     """The official results files, the paper's table, every domain and metric, OUT/result.json."""
     if dist.get_rank() > 0:
@@ -177,7 +180,7 @@ def report(
     if not args.results:
         for variant, found in captions.items():
             path = Path(args.out) / f"results_{variant}.json"
-            evaluation.write_json(path, [{"image_id": i, "caption": c} for i, c in found.items()])
+            files.write_json(path, [{"image_id": i, "caption": c} for i, c in found.items()])
             notes.append(f"{path}: the captions")
     print(*dict.fromkeys(notes), sep="\n")
     cider = [row for row in rows if row["metric"].startswith("cider")]
@@ -188,9 +191,9 @@ def report(
     )
     print(evaluation.rows_table(rows))
     protocol = {**protocol, "notes": list(dict.fromkeys(notes))}
-    paths = [args.captions, args.lora, *(args.results or ()), *files]
+    paths = [args.captions, args.lora, *(args.results or ()), *weights]
     evaluation.write_result(args, {"rows": rows, "protocol": protocol}, paths)
 
 
 if __name__ == "__main__":
-    common.launch(main)
+    launch(main)

@@ -13,6 +13,7 @@ weights, dW, pictures and sizes reads back (ranks on several machines need --cac
 
 import argparse
 import json
+import math
 from functools import partial
 from pathlib import Path
 
@@ -21,19 +22,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import backbone as vit
-import common
 import evaluation
 import feature_cache
+import files
+from backbone import add_backbone_options, check_backbone_options, open_backbone
 from data import goi
+from ranks import launch, start
 
-LRS = [
-    1e-4,
-    3e-4,
-    1e-3,
-    3e-3,
-]  # of AdamW; not in the paper: the best on a tenth of the training part is taken
-BATCH = 256  # of the probe; not in the paper
+# Of the probe; not in the paper. The learning rate that is best on a tenth of the training part is taken
+LRS, BATCH, WEIGHT_DECAY = [1e-4, 3e-4, 1e-3, 3e-3], 256, 1e-4
 
 
 def main() -> None:
@@ -48,12 +45,12 @@ def main() -> None:
     add("--strict", action="store_true", help="refuse a JSONL with an unusable line; else they are counted")
     add("--cache", metavar="DIR", help="where features are kept (default: OUT/features)")
     evaluation.add_options(p, out="out/goi", batch=64)
-    evaluation.add_backbone_options(p)
+    add_backbone_options(p)  # --model, --weights, --no-cls, --imagenet-norm
     args = p.parse_args()
     variants = check_options(args)
 
     # --- setup
-    ranks = common.start(args)
+    ranks = start(args, p)
 
     # --- data
     size = (args.size, args.size)
@@ -69,16 +66,13 @@ def main() -> None:
     notes = [*train.notes, *val.notes, f"classes: {classes}"]
     if len(train) < 2:
         raise ValueError(f"{notes[0]}: too few to train on and to choose a learning rate")
-    if ranks.rank == 0:
-        print(*notes, sep="\n", flush=True)
+    ranks.say(*notes)
 
     # --- model
-    backbone = vit.load(args.model, args.weights, ranks.dtype, ranks.device, args.seed)
+    backbone = open_backbone(args, ranks)
     if not backbone.has_cls or args.size % backbone.patch:
         raise ValueError(f"--model {args.model}: needs [CLS], and --size a multiple of {backbone.patch}")
-    if args.imagenet_norm:
-        backbone.mean, backbone.std = vit.IMAGENET_NORM
-    become = evaluation.attach(backbone.vit, args)
+    set_M = evaluation.attach(backbone.vit, args)
 
     of_cls = dict(backbone=backbone, ranks=ranks, take=lambda f: f.cls, shape=(backbone.dim,))
     features = partial(feature_cache.features, args, **of_cls)
@@ -86,7 +80,7 @@ def main() -> None:
     # --- loop
     R_o, lrs = {}, {}  # Alg. 3, line 1: initialize results list R_o
     for variant in variants:
-        become(variant)  # M(x), or M(x; dW*)
+        set_M(variant)  # M(x), or M(x; dW*)
         f_train = features(train, variant=variant)
         T_o, lrs[variant] = probe(f_train, train.labels, len(train.names), args, ranks.device)
         # Alg. 3, line 2: for x in E_o(x)
@@ -122,6 +116,7 @@ def main() -> None:
 def check_options(args: argparse.Namespace) -> list[str]:
     """Refuse what cannot work before anything is loaded; returns the variants to score, in order."""
     variants = evaluation.check_options(args)
+    check_backbone_options(args)
     if args.epochs < 1 or args.size < 1:
         raise ValueError(f"--epochs and --size must be at least 1, got {args.epochs} and {args.size}")
     if args.no_cls:
@@ -172,14 +167,14 @@ def fit(f: Tensor, labels: Tensor, classes: int, lrs: list[float], epochs: int, 
     x /= deviation
     probes = [Probe(mean, deviation, classes).to(f.device) for _ in lrs]
     groups = [{"params": T.parameters()} for T in probes]
-    optimizer = torch.optim.AdamW(groups, weight_decay=common.WEIGHT_DECAY, fused=True)
+    optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY, fused=True)
     rng, per_epoch = np.random.default_rng(seed), -(-len(f) // BATCH)
     for step in range(epochs * per_epoch):
         if step % per_epoch == 0:
             order = torch.from_numpy(rng.permutation(len(f))).to(f.device)
         rows = order[step % per_epoch * BATCH :][:BATCH]
         for group, lr in zip(optimizer.param_groups, lrs, strict=True):
-            group["lr"] = common.learning_rate(step, lr, 0, epochs * per_epoch)
+            group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / (epochs * per_epoch)))
         weight, bias = (torch.cat([getattr(T.linear, n) for T in probes]) for n in ("weight", "bias"))
         logits = F.linear(x[rows], weight, bias).view(-1, classes)  # (b L, C), the L probes of a row together
         target = labels[rows].repeat_interleave(len(lrs))
@@ -203,8 +198,8 @@ def write_objects(path: Path, val, R_o: dict[str, np.ndarray]) -> None:
     for i, label in enumerate(val.labels):
         ranked = {variant: [val.names[k] for k in classes[i]] for variant, classes in R_o.items()}
         lines.append(json.dumps({**val.where(i), "label": val.names[label], **ranked}) + "\n")
-    evaluation.write(path, "".join(lines))
+    files.write(path, "".join(lines))
 
 
 if __name__ == "__main__":
-    common.launch(main)
+    launch(main)

@@ -15,7 +15,6 @@ of `before` and `after` (without and with dW*), OUT/VARIANT/ocr.safetensors, las
 import argparse
 import json
 import math
-import re
 from collections.abc import Iterator
 from functools import partial
 from itertools import count
@@ -24,19 +23,18 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from safetensors.torch import load_file
-from torch import Tensor, nn
 from tqdm import tqdm
 
-import backbone as vit
-import common
 import evaluation
 import feature_cache
-import heads
-from backbone import Features
-from data import coco, words
-from heads.matching import mean_over_ranks
+import files
+import training
+from backbone import Features, add_backbone_options, backbone_settings, check_backbone_options, open_backbone
+from data import words
+from data.stream import batches, collate
+from heads.ocr import OcrHead, tokens_of
+from ranks import Ranks, gather, launch, start, to_device
+from scores.words import alphanumeric, grade
 
 SIZES = {  # the lists in clovaai's collection; PARSeq's has the same names, relabelled, and no IC03
     "IIIT5k_3000": 3000, "SVT": 647, "IC03_860": 860, "IC03_867": 867, "IC13_857": 857, "IC13_1015": 1015,
@@ -47,96 +45,92 @@ COMBINED = {  # Sec. 4.1: "a combined set"; which lists of IC03, IC13 and IC15 i
     "six sets, small lists": ["IIIT5k_3000", "SVT", "IC03_860", "IC13_857", "IC15_1811", "SVTP"],
     "nine lists": [name for name in SIZES if name != "CUTE80"],
 }
-IGNORE = -100  # of cross_entropy: what comes after a word's end
+
+# Options that may differ between a run and its resumption
+MAY_CHANGE = {
+    "out",
+    "resume",
+    "workers",
+    "log_every",
+    "save_every",
+    "skip_bad_images",
+    "train",
+    "test",
+    "limit",
+}
 
 
-class OcrHead(nn.Module):
-    """T_o: a 4-layer transformer over the patch tokens, read character by character (Sec. 4.3, after ViTSTR).
+def main() -> None:
+    # --- options
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument
+    add("--train", nargs="+", default=[], metavar="DIR", help="word sets, mixed in equal shares per DIR")
+    add("--test", nargs="+", required=True, metavar="DIR", help="folders with word sets (LMDB or gt.txt)")
+    add("--head", nargs="+", metavar="FILE", help="score only: a head per variant; no --train")
+    add("--size", nargs="+", type=int, metavar="PX", help="side, or height and width (default: ViTSTR's 224)")
+    add("--charset", type=int, choices=words.CHARSETS, default=94, help="94 as ViTSTR, or 36 without case")
+    add("--width", type=int, default=512, help="of the head (not in the paper; a multiple of 8)")
+    add("--iters", type=int, default=100_000, help="steps (not in the paper; ViTSTR: 300k)")
+    add("--lr", type=float, default=5e-4, help="peak learning rate of the head (not in the paper)")
+    kept = "compute M once for every training word, and keep it here: words x tokens x width x 4 bytes"
+    add("--cache", metavar="DIR", help=kept)
+    add("--skip-bad-images", action="store_true", help="in training, count undecodable images and go on")
+    training.add_run_options(p)  # --warmup, --resume, --save-every, --log-every
+    evaluation.add_options(p, out="out/ocr", batch=192)  # ViTSTR: 192 over all processes
+    add_backbone_options(p)  # --model, --weights, --no-cls, --imagenet-norm
+    args = p.parse_args()
+    variants = check_options(args)
 
-    dim: width of the features; tokens: how many, [CLS] included
-    reading: `tokens` takes the characters from the first patch tokens in order, as ViTSTR (arXiv 2105.08582);
-        `queries` from learned queries that attend to all tokens
-    """
+    # --- setup
+    ranks = start(args, p)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
 
-    def __init__(self, dim: int, tokens: int, charset: str, reading="tokens", width=512, depth=4):
-        super().__init__()
-        self.config = dict(dim=dim, tokens=tokens, charset=charset, reading=reading, width=width, depth=depth)
-        self.charset, self.length = charset, words.LONGEST + 1  # the characters and the end
-        if reading == "tokens" and tokens < self.length + 1:
-            raise ValueError(
-                f"{tokens} tokens are too few to read {self.length} from: larger --size, or --reading queries"
-            )
-        self.project = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, width))
-        # As large as the projected tokens: at ViT's 0.02 the head learns late where it is reading
-        self.position = nn.Parameter(0.5 * torch.randn(1, tokens, width))
-        self.queries = (
-            nn.Parameter(0.5 * torch.randn(1, self.length, width)) if reading == "queries" else None
+    # --- data
+    test_sets = words.find(args.test)
+    test = words.Words(test_sets, args.size, args.limit)
+    stream = None
+    if not args.head:
+        parts = {folder: words.find([folder]) for folder in args.train}
+        stream = words.WordStream(
+            parts, words.CHARSETS[args.charset], args.size, args.seed, args.skip_bad_images
         )
-        layer = nn.TransformerEncoderLayer if self.queries is None else nn.TransformerDecoderLayer
-        shape = dict(dropout=0.0, activation="gelu", batch_first=True, norm_first=True)  # as DeiT, ViTSTR
-        self.layers = nn.ModuleList(layer(width, 8, 4 * width, **shape) for _ in range(depth))
-        self.norm = nn.LayerNorm(width)
-        self.classify = nn.Linear(width, 1 + len(charset))  # 0 is the end, 1 the first character
+        ranks.say(*stream.notes)
 
-    def forward(self, f, y: list[dict]) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.loss(f, y)
+    # --- model
+    backbone = open_backbone(args, ranks)
+    set_M = evaluation.attach(backbone.vit, args)
 
-    def logits(self, f) -> Tensor:
-        """Features -> (B, 26, 1 + characters)."""
-        x = self.project(tokens_of(f)) + self.position  # (B, N, width)
-        if self.queries is not None:
-            q = self.queries.expand(len(x), -1, -1)  # (B, 26, width)
-            for layer in self.layers:
-                q = layer(q, x)
-            return self.classify(self.norm(q))
-        for layer in self.layers:
-            x = layer(x)
-        first = 0 if f.cls is None else 1  # ViTSTR reads from [CLS] on, and ignores what that says
-        return self.classify(self.norm(x[:, first : first + self.length]))
+    # --- loop
+    read, steps = {}, {}
+    for k, variant in enumerate(variants):
+        set_M(variant)  # M(x), or M(x; dW*)
+        if args.head:
+            T_o, steps[variant] = (
+                load_head(args.head[k], backbone),
+                files.read_header(args.head[k], "head")["step"],
+            )
+        else:
+            T_o, steps[variant] = train(args, variant, backbone, stream, ranks), args.iters
+        read[variant] = score(args, T_o.to(ranks.device).eval(), backbone, test, ranks)
 
-    def loss(self, f, y: list[dict]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross-entropy, averaged over all characters and ends of the batch on all ranks; y: B labels."""
-        logits, targets = self.logits(f), self.encode([t["label"] for t in y]).to(f.grid.device)
-        characters = mean_over_ranks([sum(len(self.spell(t["label"])) + 1 for t in y)], logits.device)
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
-        right = (logits.argmax(-1) == targets) | (targets == IGNORE)
-        return loss / characters[0], {"right": right.all(1).float().mean()}
-
-    @torch.no_grad()
-    def predict(self, f, y: list[dict]) -> list[dict]:
-        """The most likely character at each place up to the first end; all of them if there is no end."""
-        best = self.logits(f).argmax(-1).tolist()  # (B, 26)
-        return [{"image_id": t["image_id"], "text": self.decode(row)} for t, row in zip(y, best, strict=True)]
-
-    def spell(self, label: str) -> str:
-        return words.spelled(label, self.charset)
-
-    def encode(self, labels: list[str]) -> Tensor:
-        """(B, 26): the characters, the end, then IGNORE."""
-        rows = [[1 + self.charset.index(c) for c in self.spell(label)] + [0] for label in labels]
-        return torch.tensor([row + [IGNORE] * (self.length - len(row)) for row in rows])
-
-    def decode(self, row: list[int]) -> str:
-        end = row.index(0) if 0 in row else len(row)
-        return "".join(self.charset[k - 1] for k in row[:end])
-
-
-def tokens_of(f: Features) -> Tensor:
-    """(B, N, dim): [CLS], if there is one, and the patch tokens."""
-    x = f.grid.flatten(2).transpose(1, 2)
-    return x if f.cls is None else torch.cat([f.cls[:, None], x], 1)
+    # --- save
+    # Alg. 3, line 6: accumulate results: Metric(E_o(y), R_o) on E_o
+    result = summary(args, read, test_sets, steps, backbone, ranks.world, stream)
+    if ranks.rank == 0:
+        lines = []
+        for image_id, (label, _) in read[variants[0]].items():
+            texts = {variant: answers[image_id][1] for variant, answers in read.items()}
+            lines.append(json.dumps({"image_id": image_id, "label": label, **texts}) + "\n")
+        files.write(out / "words.jsonl", "".join(lines))
+    evaluation.write_result(args, result, [args.weights, args.lora, *(args.head or [])])
 
 
 def check_options(args: argparse.Namespace) -> list[str]:
     """Refuse what cannot work before anything is loaded; returns the variants to score, in order."""
     variants = evaluation.check_options(args)
-    for name, least in dict(iters=1, warmup=0, save_every=1, log_every=1).items():
-        if getattr(args, name) < least:
-            raise ValueError(
-                f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}"
-            )
-    if not (args.lr > 0 and math.isfinite(args.lr)):
-        raise ValueError(f"--lr must be positive, got {args.lr}")
+    training.check_run_options(args)
+    check_backbone_options(args)
     if args.width < 8 or args.width % 8:
         raise ValueError(f"--width must be a multiple of 8, the attention heads, got {args.width}")
     if bool(args.train) == bool(args.head):
@@ -144,7 +138,7 @@ def check_options(args: argparse.Namespace) -> list[str]:
     if args.cache and args.skip_bad_images:
         raise ValueError("--cache has M see every training word: it cannot go with --skip-bad-images")
     if args.head and args.size is None:
-        args.size = heads.read_header(args.head[0]).get("size")
+        args.size = files.read_header(args.head[0], "head").get("size")
     args.size = tuple(args.size or [224])
     args.size *= 2 if len(args.size) == 1 else 1
     if len(args.size) != 2 or min(args.size) < 1:
@@ -162,61 +156,62 @@ def check_heads(args: argparse.Namespace, variants: list[str]) -> None:
     if len(args.head) != len(variants):
         raise ValueError(f"--head: {len(args.head)} files to score {' and '.join(variants)}: one for each")
     for path, variant in zip(args.head, variants, strict=True):
-        header = heads.read_header(path)
+        header = files.read_header(path, "head")
         if header["task"] != "ocr":
             raise ValueError(f"{path} is a head for {header['task']}, not one of eval_ocr.py")
-        expected = {**common.features_of(args), "size": list(args.size), "lora": lora_hash(args, variant)}
+        expected = {**backbone_settings(args), "size": list(args.size), "lora": lora_hash(args, variant)}
         wrong = [f"{k} {header[k]}, not {now}" for k, now in expected.items() if header[k] != now]
         if wrong:
             raise ValueError(f"{path}, to score {variant}, was trained with {'; '.join(wrong)}")
 
 
 def lora_hash(args: argparse.Namespace, variant: str) -> str | None:
-    return evaluation.sha256(args.lora) if variant == "after" else None
+    return files.sha256(args.lora) if variant == "after" else None
 
 
 # --- T_o
 
 
-def train(args, variant: str, backbone, stream: words.WordStream, ranks: common.Ranks) -> OcrHead:
+def train(args, variant: str, backbone, stream: words.WordStream, ranks: Ranks) -> OcrHead:
     """T_o on frozen features, as in stage 1; for each variant from the same start, words and order."""
     out = Path(args.out) / variant
     torch.manual_seed(args.seed)
     head = new_head(args, backbone).to(ranks.device).train()
     trained = dict(head.named_parameters())
-    T_o = common.parallel(head, ranks.device)
-    optimizer = common.sharded_adamw([{"params": list(trained.values())}])
+    T_o = training.parallel(head, ranks.device)
+    optimizer = training.sharded_adamw([{"params": list(trained.values())}])
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=ranks.dtype == torch.float16)
 
-    header = {"size": args.size, "lora": lora_hash(args, variant), **common.features_of(args)}
+    header = {"size": args.size, "lora": lora_hash(args, variant), **backbone_settings(args)}
     data = {"words": stream.fingerprint, "lora": header["lora"]}
-    run = common.Checkpoint(out, args, trained, optimizer, scaler, data)
+    run = training.Checkpoint(out, args, trained, optimizer, scaler, data, MAY_CHANGE)
     first = run.load() if args.resume else 0
-    log = common.Log(out, first, args.iters, args.log_every)
-    batches = frozen_features(args, variant, backbone, stream, ranks, first)
+    log = training.Log(out, first, args.iters, args.log_every)
+    features = frozen_features(args, variant, backbone, stream, ranks, first)
     for step in range(first, args.iters):
-        lr = common.learning_rate(step, args.lr, args.warmup, args.iters)
+        lr = training.learning_rate(step, args.lr, args.warmup, args.iters)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        f, y = next(batches)
+        f, y = log.next(features)
         loss, parts = T_o(f, y)
-        parts["grad_norm"] = common.minimize(loss, optimizer, scaler)
+        parts["grad_norm"] = training.minimize(loss, optimizer, scaler)
         save = (step + 1) % args.save_every == 0 or step + 1 == args.iters
         log.add(step + 1, "ocr", y, loss, parts, lr, save)
         if save:
             run.save(step + 1)
             if ranks.rank == 0:
-                heads.save(head, out / "ocr.safetensors", "ocr", step=step + 1, **header)
+                known = {"task": "ocr", "config": head.config, "step": step + 1, **header}
+                files.save(head.state_dict(), out / "ocr.safetensors", head=known)
     return head
 
 
 def frozen_features(
-    args, variant: str, backbone, stream: words.WordStream, ranks: common.Ranks, first: int
+    args, variant: str, backbone, stream: words.WordStream, ranks: Ranks, first: int
 ) -> Iterator[tuple[Features, list[dict]]]:
     """f = M(x) and y of this rank's batches from step `first` on; with --cache M sees every word but once."""
     if not args.cache:
-        for batch in coco.batches(stream, args.batch, backbone, ranks, first, args.workers):
-            images, valid, y = common.to_device(batch, ranks.device)
+        for batch in batches(stream, args.batch, backbone, ranks, first, args.workers):
+            images, valid, y = to_device(batch, ranks.device)
             with torch.no_grad(), ranks.autocast():
                 f = backbone(images, valid)
             yield f, y  # without end
@@ -225,7 +220,7 @@ def frozen_features(
     usable = words.UsableWords(stream)
     kept = feature_cache.features(args, usable, backbone, ranks, variant, tokens_of, shape)  # (n, N, dim)
     for step in count(first):
-        at = (step * ranks.world + ranks.rank) * args.batch  # as coco.batches
+        at = (step * ranks.world + ranks.rank) * args.batch  # as data.stream.batches
         drawn = [stream.index(position) for position in range(at, at + args.batch)]
         x = torch.from_numpy(kept[drawn]).to(ranks.device)
         grid = x[:, backbone.has_cls :].transpose(1, 2).unflatten(2, (rows, cols))
@@ -238,15 +233,18 @@ def new_head(args, backbone) -> OcrHead:
     if any(side % backbone.patch for side in args.size):
         raise ValueError(f"--size {args.size}: the sides must be multiples of the patch, {backbone.patch}")
     tokens = backbone.has_cls + math.prod(side // backbone.patch for side in args.size)
-    return OcrHead(backbone.dim, tokens, words.CHARSETS[args.charset], args.reading, args.width)
+    return OcrHead(backbone.dim, tokens, words.CHARSETS[args.charset], words.LONGEST, args.width)
 
 
 def load_head(path: str, backbone) -> OcrHead:
     """Raises ValueError if it was made for features of another width."""
-    head = OcrHead(**heads.read_header(path)["config"])
-    if head.config["dim"] != backbone.dim:
-        raise ValueError(f"{path} was made for a backbone of width {head.config['dim']}, not {backbone.dim}")
-    head.load_state_dict(load_file(path))
+    config = files.read_header(path, "head")["config"]
+    if config.pop("reading", "tokens") != "tokens":  # a choice that heads once had
+        raise ValueError(f"{path} reads by queries, which is gone: train it again")
+    if config["dim"] != backbone.dim:
+        raise ValueError(f"{path} was made for a backbone of width {config['dim']}, not {backbone.dim}")
+    head = OcrHead(**config)
+    head.load_state_dict(files.read_tensors(path))
     return head
 
 
@@ -254,44 +252,20 @@ def load_head(path: str, backbone) -> OcrHead:
 
 
 @torch.no_grad()
-def score(args, T_o: OcrHead, backbone, test: words.Words, ranks: common.Ranks) -> dict[str, tuple]:
+def score(args, T_o: OcrHead, backbone, test: words.Words, ranks: Ranks) -> dict[str, tuple]:
     """{image_id: (label, what was read)} of all words, on every rank."""
-    collate = partial(coco.collate, patch=backbone.patch, mean=backbone.mean, std=backbone.std)
+    to_batch = partial(collate, patch=backbone.patch, mean=backbone.mean, std=backbone.std)
     R_o = {}  # Alg. 3, line 1: initialize results list R_o
-    loader = tqdm(evaluation.loader(test, args, ranks, collate), "reading", disable=ranks.rank > 0)
+    loader = tqdm(evaluation.loader(test, args, ranks, to_batch), "reading", disable=ranks.rank > 0)
     for batch in loader:  # Alg. 3, line 2: for x in E_o(x)
         if isinstance(batch, Exception):
             raise batch
-        images, valid, y = common.to_device(batch, ranks.device)
+        images, valid, y = to_device(batch, ranks.device)
         with ranks.autocast():
             f = backbone(images, valid)  # Alg. 3, line 3: extract feature f* = M(x; dW*) for input x
         answers = T_o.predict(f, y)  # Alg. 3, line 4: predicting R_o = [R_o, T_o(f*)]
         R_o |= {t["image_id"]: (t["label"], a["text"]) for t, a in zip(y, answers, strict=True)}
-    return evaluation.gather(R_o)
-
-
-def grade(label: str, text: str) -> tuple[float, float]:
-    """Whether a word is right, and its similarity, 1 - edit distance / length of the longer; both 0..1.
-
-    Case and whatever is not a digit or a letter a-z do not count (Table 3 as clovaai and ViTSTR score).
-    """
-    a, b = alphanumeric(label), alphanumeric(text)
-    longer = max(len(a), len(b))
-    return float(a == b), 1 - edit_distance(a, b) / longer if longer else 1.0
-
-
-def alphanumeric(text: str) -> str:
-    return re.sub("[^0-9a-z]", "", text.lower())
-
-
-def edit_distance(a: str, b: str) -> int:
-    """The fewest insertions, deletions and substitutions (Levenshtein)."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        above, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            above, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, above + (x != y))
-    return row[-1]
+    return gather(R_o)
 
 
 def published(sets: dict) -> dict[str, str]:
@@ -372,75 +346,5 @@ def summary(args, read: dict, sets: dict, steps: dict, backbone, world: int, str
     return result
 
 
-def main() -> None:
-    # --- options
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = p.add_argument
-    add("--train", nargs="+", default=[], metavar="DIR", help="word sets, mixed in equal shares per DIR")
-    add("--test", nargs="+", required=True, metavar="DIR", help="folders with word sets (LMDB or gt.txt)")
-    add("--head", "--eval-only", nargs="+", metavar="FILE", help="score only: a head per variant; no --train")
-    add("--size", nargs="+", type=int, metavar="PX", help="side, or height and width (default: ViTSTR's 224)")
-    add("--charset", type=int, choices=words.CHARSETS, default=94, help="94 as ViTSTR, or 36 without case")
-    add("--reading", choices=["tokens", "queries"], default="tokens", help="ViTSTR's, or a query decoder")
-    add("--width", type=int, default=512, help="of the head (not in the paper; a multiple of 8)")
-    add("--iters", type=int, default=100_000, help="steps (not in the paper; ViTSTR: 300k)")
-    add("--lr", type=float, default=5e-4, help="peak learning rate of the head (not in the paper)")
-    add("--warmup", type=int, default=2000, help="steps of linear warm-up (0 = off)")
-    add("--resume", action="store_true", help="go on with the run in --out")
-    add("--save-every", type=int, default=5000, help="steps between checkpoints")
-    add("--log-every", type=int, default=50, help="steps between lines of log.jsonl")
-    kept = "compute M once for every training word, and keep it here: words x tokens x width x 4 bytes"
-    add("--cache", metavar="DIR", help=kept)
-    add("--skip-bad-images", action="store_true", help="in training, count undecodable images and go on")
-    evaluation.add_options(p, out="out/ocr", batch=192)  # ViTSTR: 192 over all processes
-    evaluation.add_backbone_options(p)
-    args = p.parse_args()
-    variants = check_options(args)
-
-    # --- setup
-    ranks = common.start(args)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-
-    # --- data
-    test_sets = words.find(args.test)
-    test = words.Words(test_sets, args.size, args.limit)
-    stream = None
-    if not args.head:
-        parts = {folder: words.find([folder]) for folder in args.train}
-        stream = words.WordStream(
-            parts, words.CHARSETS[args.charset], args.size, args.seed, args.skip_bad_images
-        )
-        if ranks.rank == 0:
-            print(*stream.notes, sep="\n", flush=True)
-
-    # --- model
-    backbone = vit.load(args.model, args.weights, ranks.dtype, ranks.device, args.seed, not args.no_cls)
-    if args.imagenet_norm:
-        backbone.mean, backbone.std = vit.IMAGENET_NORM
-    become = evaluation.attach(backbone.vit, args)
-
-    # --- loop
-    read, steps = {}, {}
-    for k, variant in enumerate(variants):
-        become(variant)  # M(x), or M(x; dW*)
-        if args.head:
-            T_o, steps[variant] = load_head(args.head[k], backbone), heads.read_header(args.head[k])["step"]
-        else:
-            T_o, steps[variant] = train(args, variant, backbone, stream, ranks), args.iters
-        read[variant] = score(args, T_o.to(ranks.device).eval(), backbone, test, ranks)
-
-    # --- save
-    # Alg. 3, line 6: accumulate results: Metric(E_o(y), R_o) on E_o
-    result = summary(args, read, test_sets, steps, backbone, ranks.world, stream)
-    if ranks.rank == 0:
-        lines = []
-        for image_id, (label, _) in read[variants[0]].items():
-            texts = {variant: answers[image_id][1] for variant, answers in read.items()}
-            lines.append(json.dumps({"image_id": image_id, "label": label, **texts}) + "\n")
-        evaluation.write(out / "words.jsonl", "".join(lines))
-    evaluation.write_result(args, result, [args.weights, args.lora, *(args.head or [])])
-
-
 if __name__ == "__main__":
-    common.launch(main)
+    launch(main)

@@ -18,10 +18,12 @@ import numpy as np
 import torch.distributed as dist
 from tqdm import tqdm
 
-import blip2
-import common
+import answers
 import evaluation
-from data import vqa, zeroshot
+import files
+from data import vqa
+from data.pictures import Pictures, collate, locate
+from ranks import launch, start
 
 NAMES = {"vqav2": "VQAv2", "okvqa": "OK-VQA", "gqa": "GQA"}  # Table 7's columns
 RULES = {"lavis": vqa.lavis_accuracy, "official": vqa.official_accuracy}
@@ -46,10 +48,10 @@ def main() -> None:
     length = dict(
         length_penalty=None, length_help="of beams, 0 = off (default, LAVIS: 0 with OPT, -1 with T5)"
     )
-    blip2.add_generation_options(p, beams=5, most=10, least=1, **length)
+    answers.add_generation_options(p, beams=5, most=10, least=1, **length)
     evaluation.add_options(p, "out/vqa", batch=16)
     args = p.parse_args()
-    variants = blip2.check_generation_options(args, evaluation.check_options(args))
+    variants = answers.check_generation_options(args, evaluation.check_options(args))
     if (args.kind == "gqa") == bool(args.annotations):
         raise ValueError("--annotations is needed, but with --kind gqa, whose questions have their answers")
     if args.prompt.count("{}") != 1:
@@ -65,30 +67,32 @@ def main() -> None:
         )
 
     # --- setup
-    ranks = common.start(args)
+    ranks = start(args, p)
 
     # --- data
     E = vqa.read(args.kind, args.questions, args.annotations)[: args.limit]
     if args.results:
-        answers = [vqa.read_results(path, E) for path in args.results]
-        return report(args, E, dict(zip(variants, answers, strict=True)), lemmas, {}, [])
+        said = [vqa.read_results(path, E) for path in args.results]
+        return report(args, E, dict(zip(variants, said, strict=True)), lemmas, {}, [])
     groups: dict[str, list[vqa.Question]] = {}  # an image goes through M once for all its questions
     for q in E:
         groups.setdefault(q.image, []).append(q)
-    files, groups = zeroshot.locate(args.images, groups, args.questions), list(groups.values())
+    pictures, groups = locate(args.images, groups, args.questions), list(groups.values())
 
     # --- model
+    import blip2  # transformers: seconds that --help need not wait
+
     blip = blip2.Blip2(args.blip2, ranks.dtype, ranks.device)
-    become, notes = blip.attach(args.lora)
-    settings = blip2.generation_settings(args, LENGTH_PENALTY[blip.config.text_config.model_type])
+    set_M, notes = blip.attach(args.lora)
+    settings = answers.generation_settings(args, LENGTH_PENALTY[blip.config.text_config.model_type])
     protocol = {"generation": settings, "prompt": args.prompt, "prompt tokens at most": blip2.QUESTION_TOKENS}
 
     # --- resume
-    hashes = [evaluation.sha256(file) for file in (args.questions, args.lora) if file]
+    hashes = [files.sha256(file) for file in (args.questions, args.lora) if file]
     # Alg. 3, line 1: initialize results list R_o, with what a killed run has left behind
-    R_o = evaluation.Answers(args, ranks, {**protocol, "blip2": blip.version, "files": hashes})
+    R_o = answers.Answers(args, ranks, {**protocol, "blip2": blip.version, "files": hashes})
     done = {i for i, group in enumerate(groups) if R_o.have([q.id for q in group], variants)}
-    batches = evaluation.loader(zeroshot.Pictures(files, blip.transform), args, ranks, zeroshot.collate, done)
+    batches = evaluation.loader(Pictures(pictures, blip.transform), args, ranks, collate, done)
 
     # --- loop
     # Alg. 3, line 2: for x in E_o(x)
@@ -100,7 +104,7 @@ def main() -> None:
         prompts = [args.prompt.replace("{}", blip2.clean_question(q.text)) for q in questions]
         found = {}
         for variant in variants:
-            become(variant)
+            set_M(variant)
             f = blip.vision(x)  # Alg. 3, line 3: extract feature f* = M(x; dW*) for input x
             queries = blip.queries(f)[of_image]
             found[variant] = blip.generate(queries, prompts, settings, args.batch)  # Alg. 3, line 4: T_o(f*)
@@ -109,16 +113,16 @@ def main() -> None:
     # Alg. 3, line 6: accumulate results, Metric(E_o(y), R_o) on E_o
     mine = range(ranks.rank, len(groups), ranks.world)
     found = R_o.gather(q.id for i in mine for q in groups[i])
-    answers = {variant: {q.id: found[q.id][variant] for q in E} for variant in variants}
+    said = {variant: {q.id: found[q.id][variant] for q in E} for variant in variants}
     cut = blip.count_cut([args.prompt.replace("{}", blip2.clean_question(q.text)) for q in E])
     notes += [f"{cut} prompts were cut to {blip2.QUESTION_TOKENS} tokens"] if cut else []
-    report(args, E, answers, lemmas, {**protocol, "blip2": blip.version}, notes, blip.files)
+    report(args, E, said, lemmas, {**protocol, "blip2": blip.version}, notes, blip.files)
 
 
 # --- save
 
 
-def report(args, E, answers: dict[str, dict], lemmas, protocol: dict, notes: list[str], files=()) -> None:
+def report(args, E, said: dict[str, dict], lemmas, protocol: dict, notes: list[str], weights=()) -> None:
     """The official results files, the paper's table, every rule and answer type, OUT/result.json."""
     if dist.get_rank() > 0:
         return
@@ -128,10 +132,10 @@ def report(args, E, answers: dict[str, dict], lemmas, protocol: dict, notes: lis
     if args.kind == "okvqa" and not lemmas:
         notes.append("LAVIS lemmatizes answers to OK-VQA: install spaCy and en_core_web_sm to do the same")
     scores = {}
-    for variant, given in answers.items():
+    for variant, given in said.items():
         if not args.results:
             path = Path(args.out) / f"results_{variant}.json"
-            evaluation.write_json(path, vqa.results(args.kind, given))
+            files.write_json(path, vqa.results(args.kind, given))
             notes.append(f"{path}: the answers")
         final = [lemmas(given[q.id]) if lemmas else given[q.id] for q in E]
         for rule, accuracy in rules.items():
@@ -144,12 +148,12 @@ def report(args, E, answers: dict[str, dict], lemmas, protocol: dict, notes: lis
             part = {variant: score[kinds == kind] for variant, score in of_variants.items()}
             rows.append(evaluation.row(name, f"{rule}, {kind}", part))
     print(*notes, sep="\n")
-    print(evaluation.table(["Table 7, %", name], [[variant, rows[0][variant]] for variant in answers]) + "\n")
+    print(evaluation.table(["Table 7, %", name], [[variant, rows[0][variant]] for variant in said]) + "\n")
     print(evaluation.rows_table(rows))
     protocol = {**protocol, "lemmatized": lemmatized, "rules": list(rules), "notes": notes}
-    paths = [args.questions, args.annotations, args.lora, *(args.results or ()), *files]
+    paths = [args.questions, args.annotations, args.lora, *(args.results or ()), *weights]
     evaluation.write_result(args, {"rows": rows, "protocol": protocol}, paths)
 
 
 if __name__ == "__main__":
-    common.launch(main)
+    launch(main)

@@ -8,10 +8,8 @@ A difference of tenths of a point is only worth reading if it is paired: `paired
 """
 
 import argparse
-import hashlib
-import json
 import signal
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container
 from pathlib import Path
 
 import numpy as np
@@ -19,33 +17,23 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-import common
+import files
 import lora
+from ranks import Ranks, add_process_options, loader_processes, provenance
 
 # --- options
 
 
-def add_options(p: argparse.ArgumentParser, out: str, batch: int) -> None:
+def add_options(p: argparse.ArgumentParser, out: str | None, batch: int) -> None:
     """The options of every evaluation; `out` and `batch` are defaults."""
-    add, which = p.add_argument, p.add_mutually_exclusive_group()
+    group = p.add_argument_group("evaluation")
+    add, which = group.add_argument, group.add_mutually_exclusive_group()
     which.add_argument("--lora", default="none", metavar="FILE|none", help="score M with this dW, or without")
     which.add_argument("--compare", metavar="FILE", help="score without and with this dW, paired")
     add("--out", default=out, help="folder for result.json and all else that this run writes")
     add("--batch", type=int, default=batch, help="per process")
     add("--limit", type=int, help="only the first N items of each set; marks the result as partial")
-    add("--workers", type=int, default=4, help="loader processes per rank (0 = none)")
-    add("--seed", type=int, default=0, help="of whatever is trained or drawn")
-    types = "type of the frozen models (auto: bf16 on GPUs that have it, else fp16; CPU: fp32)"
-    add("--backbone-dtype", choices=["auto", *common.DTYPES], default="auto", help=types)
-
-
-def add_backbone_options(p: argparse.ArgumentParser) -> None:
-    """For evaluations of the bare vision model: which one."""
-    add = p.add_argument
-    add("--model", default="eva_g", help="eva_g, eva_e (Table 2), eva_mini, or the name of any timm ViT")
-    add("--weights", help="a file, `pretrained` or `random` (default: weights/MODEL.safetensors)")
-    add("--no-cls", action="store_true", help="no [CLS] in the sequence (the authors' release)")
-    add("--imagenet-norm", action="store_true", help="ImageNet's mean and std (the release), not the model's")
+    add_process_options(p)
 
 
 def check_options(args: argparse.Namespace) -> list[str]:
@@ -53,14 +41,13 @@ def check_options(args: argparse.Namespace) -> list[str]:
 
     Leaves the LoRA file, or None, in args.lora. Raises ValueError, FileNotFoundError.
     """
+    if args.workers is None:
+        args.workers = loader_processes()
     for name, least in dict(batch=1, limit=1, workers=0, seed=0).items():
         value = getattr(args, name)
         if value is not None and value < least:
             raise ValueError(f"--{name} must be at least {least}, got {value}")
     args.lora = args.compare or (None if args.lora == "none" else args.lora)
-    if hasattr(args, "weights"):
-        args.weights = args.weights or f"weights/{args.model}.safetensors"
-        common.check_weights(args.weights)
     if args.lora:
         tuned = lora.read_header(args.lora).get("backbone")
         if tuned and tuned != getattr(args, "model", tuned):
@@ -69,17 +56,21 @@ def check_options(args: argparse.Namespace) -> list[str]:
 
 
 def attach(vit: nn.Module, args: argparse.Namespace) -> Callable[[str], None]:
-    """Load dW, if any, into M; returns a function that makes M the `before` or the `after` it is told."""
+    """Load dW, if any, into M; returns a function that sets M to `before`, M(x), or `after`, M(x; dW*)."""
     if args.lora:
         lora.load(vit, args.lora)
-    return lambda variant: lora.switch(vit, on=variant == "after") and None
+
+    def set_M(variant: str) -> None:
+        lora.switch(vit, on=variant == "after")
+
+    return set_M
 
 
 # --- items
 
 
 def loader(
-    items: Dataset, args: argparse.Namespace, ranks: common.Ranks, collate=None, done: Container[int] = ()
+    items: Dataset, args: argparse.Namespace, ranks: Ranks, collate=None, done: Container[int] = ()
 ) -> DataLoader:
     """This rank's share, items rank, rank + world, ...: each once over all ranks, nothing doubled to pad.
 
@@ -100,79 +91,6 @@ def loader(
 
 def _ignore_interrupt(_) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
-
-
-def gather(mine: dict) -> dict:
-    """Every rank's {item: answer} together, in the items' order, on every rank."""
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, mine)
-    joined = {item: answer for part in parts for item, answer in part.items()}
-    assert len(joined) == sum(map(len, parts)), "an item was answered on two ranks"
-    return dict(sorted(joined.items()))
-
-
-class Answers:
-    """OUT/answers_RANK.jsonl: this rank's answers as they come, and those that a killed run left behind.
-
-    settings: what the answers depend on, a line at each start
-    Raises ValueError if there are answers without --resume, or with it answers under other settings.
-    """
-
-    def __init__(self, args: argparse.Namespace, ranks: common.Ranks, settings: dict):
-        out, settings = Path(args.out), json.loads(json.dumps(settings))
-        paths = sorted(out.glob("answers_*.jsonl"))
-        if paths and not args.resume:
-            raise ValueError(f"--out {out} holds answers: pass --resume to go on with them, or another --out")
-        self.found: dict = {}  # {item: {variant: answer}}
-        for line in (line for path in paths for line in path.read_text().splitlines()):
-            try:
-                content = json.loads(line)
-            except ValueError:  # cut off by a kill
-                continue
-            then = content.get("settings", settings)
-            keys = [k for k in {**then, **settings} if then.get(k) != settings.get(k)]
-            if keys:
-                changed = "; ".join(f"{k} was {then.get(k)}, is {settings.get(k)}" for k in keys)
-                raise ValueError(f"--resume {out}: changed: {changed}; put it back, or take a new --out")
-            if "item" in content:
-                self.found[content["item"]] = content["answers"]
-        out.mkdir(parents=True, exist_ok=True)
-        dist.barrier()  # everyone has read
-        path = out / f"answers_{ranks.rank}.jsonl"
-        torn = path.exists() and not path.read_text().endswith("\n")
-        self.file = open(path, "a")
-        self._write(["\n"] * torn + [json.dumps({"settings": settings}) + "\n"])
-
-    def have(self, items: Iterable, variants: list[str]) -> bool:
-        return all(variant in self.found.get(item, ()) for item in items for variant in variants)
-
-    def add(self, items: list, answers: dict[str, list]) -> None:
-        """answers: {variant: one for each of the items}"""
-        rows = [{v: answers[v][i] for v in answers} for i in range(len(items))]
-        self.found |= dict(zip(items, rows, strict=True))
-        self._write(
-            [json.dumps({"item": k, "answers": row}) + "\n" for k, row in zip(items, rows, strict=True)]
-        )
-
-    def gather(self, mine: Iterable) -> dict:
-        """{item: {variant: answer}} of all ranks; mine: the items of this rank's share."""
-        return gather({item: self.found[item] for item in mine})
-
-    def _write(self, lines: list[str]) -> None:
-        self.file.write("".join(lines))
-        self.file.flush()  # safe from a kill of this process, if not from one of the machine
-
-
-def check_images(expected, found) -> None:
-    """Raises ValueError naming images that have no prediction, and predictions for images not in the set."""
-    for what, ids in (
-        ("have no prediction", [i for i in expected if i not in found]),
-        ("are predicted for, but are not in the annotations", [i for i in found if i not in expected]),
-    ):
-        if ids:
-            raise ValueError(
-                f"{len(ids)} images {what}: {', '.join(map(str, ids[:5]))}{', ...' * (len(ids) > 5)}"
-            )
 
 
 # --- what it says
@@ -251,32 +169,12 @@ def table(columns: list[str], rows: list[list]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".tmp")
-    part.write_text(text)
-    part.replace(path)
-
-
-def write_json(path: Path, content) -> None:
-    write(path, json.dumps(content, indent=1, default=str))
-
-
-def write_result(args: argparse.Namespace, result: dict, files: list[str | None]) -> None:
-    """OUT/result.json: the result, every option, the command, versions, and the hashes of `files`."""
+def write_result(args: argparse.Namespace, result: dict, used: list[str | None]) -> None:
+    """OUT/result.json: the result, every option, the command, versions, hashes of the files `used`."""
     if dist.get_rank() > 0:
         return
-    hashes = {str(f): sha256(f) for f in files if f and Path(f).is_file()}
+    hashes = {str(f): files.sha256(f) for f in used if f and Path(f).is_file()}
     content = {"partial": args.limit is not None, **result, "options": vars(args), "sha256": hashes}
     path = Path(args.out) / "result.json"
-    write_json(path, {**content, **common.provenance()})
+    files.write_json(path, {**content, **provenance()})
     print(f"{path}{' (partial: --limit)' if args.limit else ''}", flush=True)
-
-
-def sha256(path: str | Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 24):
-            digest.update(chunk)
-    return digest.hexdigest()

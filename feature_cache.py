@@ -13,17 +13,17 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-import common
 import evaluation
 import lora
-from data import coco
+from data.stream import collate
+from ranks import Ranks, to_device
 
 MADE = 1  # count up when pictures or features are made in another way: older caches are then not used
 
 
 @torch.no_grad()
 def features(
-    args, items, backbone, ranks: common.Ranks, variant: str, take: Callable, shape: tuple[int, ...]
+    args, items, backbone, ranks: Ranks, variant: str, take: Callable, shape: tuple[int, ...]
 ) -> np.ndarray:
     """take(M(x)) of every item, (n, *shape) float32, memory-mapped, in args.cache.
 
@@ -47,12 +47,12 @@ def features(
     dist.broadcast_object_list(part)  # None if there is nothing to do
     if part[0]:
         rows = np.lib.format.open_memmap(part[0], "r+")
-        collate = partial(coco.collate, patch=backbone.patch, mean=backbone.mean, std=backbone.std)
-        loader = evaluation.loader(items, args, ranks, collate)
+        to_batch = partial(collate, patch=backbone.patch, mean=backbone.mean, std=backbone.std)
+        loader = evaluation.loader(items, args, ranks, to_batch)
         for batch in tqdm(loader, f"features {variant}", disable=ranks.rank > 0, dynamic_ncols=True):
             if isinstance(batch, Exception):
                 raise batch
-            images, valid, y = common.to_device(batch, ranks.device)
+            images, valid, y = to_device(batch, ranks.device)
             with ranks.autocast():
                 rows[[t["image_id"] for t in y]] = take(backbone(images, valid)).cpu().numpy()
         rows.flush()

@@ -11,15 +11,14 @@ wherever attention has one fused `qkv` Linear, or separate `q_proj` and `v_proj`
 and shapes are those of the authors' released files. train() and eval() change nothing: merging is a call.
 """
 
-import json
 import math
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
+
+import files
 
 
 class LoRALinear(nn.Linear):
@@ -133,21 +132,12 @@ def save(model: nn.Module, path: str | Path, /, **header) -> None:
     first = next(iter(found.values()))
     targets = sorted({name.rpartition(".")[2] for name in found})
     header = {"rank": first.rank, "alpha": first.alpha, "targets": targets, **header}
-    tensors = {name: p.detach().cpu().contiguous() for name, p in parameters(model).items()}
-    part = Path(f"{path}.tmp")
-    save_file(tensors, part, metadata={"lora": json.dumps(header)})
-    part.replace(path)
+    files.save(parameters(model), path, lora=header)
 
 
 def read_header(path: str | Path) -> dict:
     """The JSON header alone. Raises FileNotFoundError, or ValueError if the file is not one of ours."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no LoRA file at {path}")
-    try:
-        with safe_open(path, "pt") as file:
-            return json.loads((file.metadata() or {})["lora"])
-    except Exception as error:
-        raise ValueError(f"{path}: not one of our LoRA files ({type(error).__name__}: {error})") from error
+    return files.read_header(path, "LoRA")
 
 
 def load(model: nn.Module, path: str | Path, without: str | None = None) -> dict:
@@ -166,9 +156,8 @@ def load(model: nn.Module, path: str | Path, without: str | None = None) -> dict
         have, got = (layer.rank, layer.alpha), (header["rank"], header["alpha"])
         raise ValueError(f"{path} has (rank, alpha) {got}; this model has {have}")
     expected = parameters(model)
-    with safe_open(path, "pt") as file:
-        names = [name for name in file.keys() if without is None or not name.startswith(without)]
-        state = {name: file.get_tensor(name) for name in names}
+    state = files.read_tensors(path)
+    state = {name: value for name, value in state.items() if not (without and name.startswith(without))}
     wrong = [f"missing {name}" for name in expected if name not in state]
     wrong += [f"unexpected {name}" for name in state if name not in expected]
     wrong += [

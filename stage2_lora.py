@@ -16,18 +16,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import backbone as vit
-import common
-import heads
+import files
 import lora
-from data import coco
-from data.streams import annotation_file, open_stream
-from heads import by_task
+import tasks
+import training
+from backbone import add_backbone_options, backbone_settings, check_backbone_options, open_backbone
+from data.stream import batches
+from ranks import add_process_options, launch, start, to_device
 
-# Sec. 4.2; the batch is per GPU, of 8
-PAPER = dict.fromkeys(("detection", "segmentation", "panoptic"), {"prob": 0.3, "batch": 1})
-PAPER["captioning"] = {"prob": 0.4, "batch": 8}
-PAPER["pose"] = {"prob": 0.3, "batch": 8}  # crops; the paper only says that pose was added (Table 12)
 DEFAULT = ["detection", "segmentation", "captioning"]  # of --tasks; Table 12, first row
 
 
@@ -36,13 +32,9 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     add("--heads", nargs="+", default=["out"], help="head files, or folders with [TASK/]TASK.safetensors")
-    add("--tasks", nargs="+", choices=PAPER, default=DEFAULT, help="Table 12")
-    add(
-        "--probs",
-        nargs="+",
-        type=float,
-        help="P(alpha) of the --tasks (Sec. 4.2: 0.4 captioning, 0.3 others)",
-    )
+    add("--tasks", nargs="+", choices=tasks.NAMES, default=DEFAULT, help="Table 12")
+    probs = "P(alpha) of the --tasks (Sec. 4.2: 0.4 captioning, 0.3 others)"
+    add("--probs", nargs="+", type=float, help=probs)
     add("--rank", type=int, default=64, help="r of LoRA (Sec. 3.2: 64; Table 9)")
     add("--lora-alpha", type=float, default=1.0, help="LoRA's scale x rank (the release: 1; Eq. 1: the rank)")
     add("--full", action="store_true", help="all of M in LoRA's place (a control: not in the paper)")
@@ -56,34 +48,34 @@ def main() -> None:
     )
     add("--checkpoint-blocks", default="auto", metavar="N|auto", help=blocks)
     add("--out", default="out/visft", help="folder for all that this run writes")
-    add("--save-every", type=int, default=5000, help="steps between checkpoints (Sec. 4.2: 5k)")
-    common.add_training_options(p)
+    add_backbone_options(p)  # --model, --weights, --no-cls, --imagenet-norm
+    training.add_options(p)  # --coco and what of it is used; --warmup, --resume, --save-every, --compile, ...
+    add_process_options(p)  # --backbone-dtype, --workers, --seed
     args = p.parse_args()
     args.probs = task_probs(args.tasks, args.probs)
     args.batch = task_batches(args.tasks, args.batch)
-    common.check_training_options(args)
+    training.check_options(args)
+    check_backbone_options(args)
     if args.rank < 1 or not args.lora_alpha > 0 or not args.head_lr_ratio >= 0:
         raise ValueError("--rank must be at least 1, --lora-alpha positive, --head-lr-ratio at least 0")
     if args.checkpoint_blocks != "auto" and not args.checkpoint_blocks.isdecimal():
         raise ValueError(f"--checkpoint-blocks {args.checkpoint_blocks}: expected auto or a number of blocks")
-    head_files = {task: heads.find(args.heads, task, common.features_of(args)) for task in args.tasks}
+    head_files = {t: tasks.find_head(args.heads, t, backbone_settings(args)) for t in args.tasks}
     for task in args.tasks:
-        annotation_file(task, args)
+        tasks.annotations(task, args)
 
     # --- setup
-    ranks = common.start(args)
+    ranks = start(args, p)
     out = Path(args.out)
 
     # --- data
-    datasets = {task: open_stream(task, args) for task in args.tasks}
+    datasets = {task: tasks.open_stream(task, args) for task in args.tasks}
 
     # --- model
-    backbone = vit.load(args.model, args.weights, ranks.dtype, ranks.device, args.seed, not args.no_cls)
-    task_heads = {t: by_task.load(path, backbone.dim).to(ranks.device) for t, path in head_files.items()}
-    if args.imagenet_norm:
-        backbone.mean, backbone.std = vit.IMAGENET_NORM
+    backbone = open_backbone(args, ranks)
+    heads = {task: tasks.load_head(path, backbone.dim).to(ranks.device) for task, path in head_files.items()}
     for task, dataset in datasets.items():
-        by_task.check_classes(task_heads[task], dataset.classes, head_files[task])
+        tasks.check_classes(heads[task], dataset.classes, head_files[task])
     # Alg. 2, line 1: initialize LoRA weights dW, freeze M (a Backbone is always frozen) and T_n*
     torch.manual_seed(args.seed)  # whatever was built before, dW starts from the seed
     if args.full:
@@ -96,55 +88,50 @@ def main() -> None:
     backbone.recompute = None if args.checkpoint_blocks == "auto" else int(args.checkpoint_blocks)
     if args.compile:
         backbone.compile_blocks()
-    M = common.parallel(backbone, ranks.device)
-    T = {
-        task: head.requires_grad_(False).eval() for task, head in task_heads.items()
-    }  # eval: no dropout noise
-    if args.head_lr_ratio > 0:  # Table 11
-        for task, head in task_heads.items():
-            groups.append(
-                {"params": list(head.requires_grad_().parameters()), "peak": args.lr * args.head_lr_ratio}
-            )
-            trained |= {f"{task}.{name}": parameter for name, parameter in head.named_parameters()}
-            T[task] = common.parallel(head, ranks.device)
+    M = training.parallel(backbone, ranks.device)
+    T = {task: head.requires_grad_(False).eval() for task, head in heads.items()}  # eval: no dropout noise
+    for task, head in heads.items() if args.head_lr_ratio > 0 else ():  # Table 11
+        peak = args.lr * args.head_lr_ratio
+        groups.append({"params": list(head.requires_grad_().parameters()), "peak": peak})
+        trained |= {f"{task}.{name}": parameter for name, parameter in head.named_parameters()}
+        T[task] = training.parallel(head, ranks.device)
     moments = 8 * sum(p.numel() for p in trained.values())  # AdamW's, which come with the first step
     backbone.memory = ranks.free_memory() - moments
 
     # --- optimizer
-    optimizer = common.sharded_adamw(groups)
+    optimizer = training.sharded_adamw(groups)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=ranks.dtype == torch.float16)
 
     # --- resume
     fingerprints = {task: dataset.fingerprint for task, dataset in datasets.items()}
-    run = common.Checkpoint(out, args, trained, optimizer, scaler, data=fingerprints)
+    may_change = training.MAY_CHANGE | {"checkpoint_blocks"}  # the same numbers, bit for bit
+    run = training.Checkpoint(out, args, trained, optimizer, scaler, fingerprints, may_change)
     first = run.load() if args.resume else 0
-    log = common.Log(out, first, args.iters, args.log_every)
+    log = training.Log(out, first, args.iters, args.log_every)
     log.say(sorted({note for dataset in datasets.values() for note in dataset.notes}))
 
     # Alg. 2, line 3, for all steps at once: from the seed, so all ranks agree without a word between them
     order = task_order(args.tasks, args.probs, args.iters, args.seed)
-    streams = {
-        task: coco.batches(
-            dataset, args.batch[task], backbone, ranks, order[:first].count(task), args.workers
-        )
-        for task, dataset in datasets.items()
-    }
+    streams = {}
+    for task, dataset in datasets.items():
+        seen = order[:first].count(task)  # batches
+        streams[task] = batches(dataset, args.batch[task], backbone, ranks, seen, args.workers)
 
     # --- loop
     for step in range(first, args.iters):  # Alg. 2, line 2
-        factor = common.learning_rate(step, 1.0, args.warmup, args.iters)
+        factor = training.learning_rate(step, 1.0, args.warmup, args.iters)
         for group in optimizer.param_groups:
             group["lr"] = factor * group["peak"]
 
         task = order[step]  # Alg. 2, line 3: select an in-domain task T_n* according to P(alpha_n)
-        images, valid, y = common.to_device(next(streams[task]), ranks.device)
+        images, valid, y = to_device(log.next(streams[task]), ranks.device)
         ranks.seed(args.seed, step)  # what a loss draws at random, the same when resumed
 
         with ranks.autocast():
             f = M(images, valid)  # Alg. 2, line 4: extract feature f' = M(x; dW) for input x
 
         loss, parts = T[task](f, y)  # Alg. 2, line 5: minimize L'_n(y, T_n(f')) on D to obtain dW*
-        parts["grad_norm"] = common.minimize(loss, optimizer, scaler)
+        parts["grad_norm"] = training.minimize(loss, optimizer, scaler)
 
         save = (step + 1) % args.save_every == 0 or step + 1 == args.iters
         log.add(step + 1, task, y, loss, parts, factor * args.lr, save)
@@ -152,14 +139,14 @@ def main() -> None:
         # --- save
         if save:  # the checkpoint last: what is resumed from it is complete
             if ranks.rank == 0:
-                header = dict(step=step + 1, **common.features_of(args))
+                header = dict(step=step + 1, **backbone_settings(args))
                 if args.full:
-                    vit.save(backbone, out / "M.safetensors")
+                    files.save(backbone.vit.state_dict(), out / "M.safetensors")
                 for name in (f"lora_{step + 1:06d}", "lora") if not args.full else ():
                     lora.save(backbone.vit, out / f"{name}.safetensors", **header)
                 if args.head_lr_ratio > 0:
-                    for task, head in task_heads.items():
-                        heads.save(head, out / f"{task}.safetensors", task, **header)
+                    for task, head in heads.items():
+                        tasks.save_head(head, out / f"{task}.safetensors", task, **header)
             run.save(step + 1)
     log.say([f"{out}: {'M' if args.full else 'dW'}* after {args.iters} steps"])
 
@@ -169,7 +156,7 @@ def task_probs(tasks: list[str], probs: list[float] | None) -> list[float]:
     if len(set(tasks)) < len(tasks):
         raise ValueError(f"--tasks names a task twice: {' '.join(tasks)}")
     if probs is None:
-        probs = [PAPER[task]["prob"] for task in tasks]
+        probs = [tasks.find(task).prob for task in tasks]
         return [prob / sum(probs) for prob in probs]
     if len(probs) != len(tasks):
         raise ValueError(f"--probs has {len(probs)} values for {len(tasks)} --tasks ({' '.join(tasks)})")
@@ -185,7 +172,7 @@ def task_order(tasks: list[str], probs: list[float], iters: int, seed: int) -> l
 
 def task_batches(tasks: list[str], values: list[str]) -> dict[str, int]:
     """Batch per task, from `--batch 2` or `--batch detection=1 captioning=8`. Raises ValueError for else."""
-    batches = {task: PAPER[task]["batch"] for task in tasks}
+    batches = {task: tasks.find(task).batch2 for task in tasks}
     for value in ",".join(values).split(",") if values else []:
         task, _, number = value.rpartition("=")
         if not number.isdecimal() or int(number) < 1 or (task and task not in tasks):
@@ -195,4 +182,4 @@ def task_batches(tasks: list[str], values: list[str]) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    common.launch(main)
+    launch(main)

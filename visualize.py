@@ -15,24 +15,28 @@ import itertools
 import json
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as TF
 
-import backbone as vit
-import common
 import evaluation
-import heads
 import lora
-from data.pose import PersonBoxes, person_crop
+import tasks
+from backbone import (
+    IMAGENET_NORM,
+    Backbone,
+    add_backbone_options,
+    backbone_settings,
+    check_backbone_options,
+    load,
+)
+from data.persons import PersonBoxes
+from data.pose import person_crop
 from data.validation import Images, prepare
-from heads import by_task, pose
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+from heads.coco_results import oks_nms
+from ranks import launch, to_device
 
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 COLORS = plt.get_cmap("tab10").colors
@@ -56,7 +60,7 @@ def main() -> None:
             "--lora", default="none", metavar="FILE|none", help="show M with this dW, or without"
         )
         which.add_argument("--compare", metavar="FILE", help="show both, without and with this dW")
-        evaluation.add_backbone_options(q)
+        add_backbone_options(q)
         q.add_argument("--out", type=Path, default=Path("out/pictures"), help="folder for the PNGs")
         q.add_argument("--limit", type=int, help="only the first N images")
         if kind == "attention":
@@ -72,7 +76,7 @@ def main() -> None:
                 "--heads", nargs="+", default=["out"], help="head files, or folders that hold them"
             )
             q.add_argument(
-                "--tasks", nargs="+", choices=by_task.HEADS, default=["detection"], help="which heads"
+                "--tasks", nargs="+", choices=tasks.NAMES, default=["detection"], help="which heads"
             )
             q.add_argument(
                 "--sure", type=float, default=0.5, help="least score of a box, mask or keypoint that is shown"
@@ -88,18 +92,18 @@ def main() -> None:
 
     # --- model
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    backbone = vit.load(args.model, args.weights, torch.float32, device, use_cls=not args.no_cls)
+    backbone = load(args.model, args.weights, torch.float32, device, use_cls=not args.no_cls)
     if args.imagenet_norm:
-        backbone.mean, backbone.std = vit.IMAGENET_NORM
-    become = evaluation.attach(backbone.vit, args)
+        backbone.mean, backbone.std = IMAGENET_NORM
+    set_M = evaluation.attach(backbone.vit, args)
     variants = ["before", "after"] if args.compare else ["after" if args.lora else "before"]
 
     # --- loop
     args.out.mkdir(parents=True, exist_ok=True)
     if args.kind == "attention":
-        attention(backbone, become, variants, files, args)
+        attention(backbone, set_M, variants, files, args)
     else:
-        predict(backbone, become, variants, files, args)
+        predict(backbone, set_M, variants, files, args)
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -110,8 +114,7 @@ def check_options(args: argparse.Namespace) -> None:
     if args.kind == "predict" and not 0 < args.image_scale <= 2:
         raise ValueError(f"--image-scale must be in (0, 2], got {args.image_scale}")
     args.lora = args.compare or (None if args.lora == "none" else args.lora)
-    args.weights = args.weights or f"weights/{args.model}.safetensors"
-    common.check_weights(args.weights)
+    check_backbone_options(args)
     if args.lora:
         tuned = lora.read_header(args.lora).get("backbone", args.model)
         if tuned != args.model:
@@ -133,20 +136,11 @@ def find_images(places: list[Path]) -> list[Path]:
     return found
 
 
-def read(path: Path) -> Tensor:
-    """(3, h, w) uint8. Raises ValueError for what is not a picture."""
-    try:
-        with Image.open(path) as image:
-            return TF.pil_to_tensor(image.convert("RGB"))
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{path} cannot be decoded: {error}") from error
-
-
 # --- attention
 
 
 @torch.no_grad()
-def cls_attention(backbone: vit.Backbone, images: Tensor) -> Tensor:
+def cls_attention(backbone: Backbone, images: Tensor) -> Tensor:
     """What [CLS] pays to each patch in the last layer: images (B, 3, h, w) normalized -> (B, heads, H, W)."""
     layer, seen = backbone.vit.blocks[-1].attn, []
     fused, layer.fused_attn = layer.fused_attn, False  # timm's plain path hands the weights to attn_drop
@@ -160,7 +154,7 @@ def cls_attention(backbone: vit.Backbone, images: Tensor) -> Tensor:
     return seen[0][:, :, 0, -H * W :].float().unflatten(-1, (H, W))
 
 
-def attention(backbone: vit.Backbone, become, variants: list[str], files: list[Path], args) -> None:
+def attention(backbone: Backbone, set_M, variants: list[str], files: list[Path], args) -> None:
     """NAME.npz and NAME.png for each file: a row for each variant, the mean and then each attention head."""
     if not backbone.has_cls:
         raise ValueError(f"--model {args.model}{' --no-cls' * args.no_cls}: there is no [CLS] to look from")
@@ -168,11 +162,11 @@ def attention(backbone: vit.Backbone, become, variants: list[str], files: list[P
     if side % backbone.patch:
         raise ValueError(f"--size {side}: must be a multiple of the patch, {backbone.patch}")
     for path in files:
-        pixels = TF.resize(read(path), [side, side], antialias=True)
+        pixels = TF.resize(files.read_picture(path), [side, side], antialias=True)
         image = TF.normalize(TF.to_dtype(pixels, scale=True), backbone.mean, backbone.std)
         maps = {}
         for variant in variants:
-            become(variant)
+            set_M(variant)
             maps[variant] = (
                 cls_attention(backbone, image[None].to(backbone.vit.cls_token.device))[0].cpu().numpy()
             )
@@ -217,21 +211,21 @@ def finish(axes: np.ndarray, out: Path) -> None:
 # --- predictions
 
 
-def predict(backbone: vit.Backbone, become, variants: list[str], files: list[Path], args) -> None:
+def predict(backbone: Backbone, set_M, variants: list[str], files: list[Path], args) -> None:
     """NAME_TASK.png for each file and task: the picture with the answers, one column for each variant."""
     persons = read_persons(args.persons) if args.persons else None
     for task in args.tasks:
-        path = heads.find(args.heads, task, common.features_of(args))
-        head = by_task.load(path, backbone.dim).to(next(backbone.parameters()).device)
+        path = tasks.find_head(args.heads, task, backbone_settings(args))
+        head = tasks.load_head(path, backbone.dim).to(next(backbone.parameters()).device)
         for file in files:
-            pixels, answers = read(file), {}
+            pixels, answers = files.read_picture(file), {}
             if task == "pose":
                 samples = crops(pixels, file, persons, backbone.patch, args.image_scale)
             else:
                 image, target = prepare(pixels, task, backbone.patch, args.image_scale)
                 samples = [(image, {"image_id": 0, **target})]
             for variant in variants:
-                become(variant)
+                set_M(variant)
                 answers[variant] = answer(backbone, head, task, samples)
             out = args.out / f"{file.stem}_{task}.png"
             if task == "captioning":
@@ -241,15 +235,15 @@ def predict(backbone: vit.Backbone, become, variants: list[str], files: list[Pat
 
 
 @torch.no_grad()
-def answer(backbone: vit.Backbone, head: nn.Module, task: str, samples: list[tuple[Tensor, dict]]) -> dict:
+def answer(backbone: Backbone, head: nn.Module, task: str, samples: list[tuple[Tensor, dict]]) -> dict:
     """What a head says of one image, or of the crops of its persons."""
     if not samples:
         return {"persons": []}
     collate = PersonBoxes.collate if task == "pose" else Images.collate
     images, valid, y = collate(samples, backbone.patch, backbone.mean, backbone.std)
-    f = backbone(*common.to_device([images, valid], next(backbone.parameters()).device))
+    f = backbone(*to_device([images, valid], next(backbone.parameters()).device))
     if task == "pose":
-        return {"persons": pose.oks_nms(head.predict(f, y))}
+        return {"persons": oks_nms(head.predict(f, y))}
     return (head.predict_panoptic if task == "panoptic" else head.predict)(f, y)[0]
 
 
@@ -408,4 +402,4 @@ def read_log(path: Path) -> list[dict]:
 
 
 if __name__ == "__main__":
-    common.launch(main)
+    launch(main)

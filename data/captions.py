@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
-from data.coco import CocoStream, annotation_file, check_on_disk, read_json
+from data.coco import annotation_file, check_on_disk, read_json
+from data.stream import Stream
 
 SIDE, MOST_WORDS = 256, 50  # px; of a sentence; the authors' release
 
@@ -36,7 +37,7 @@ def read_captions(coco: str | Path, split: str) -> tuple[list[dict], list[tuple[
 
     Raises ValueError for a caption of an unknown image, FileNotFoundError for images that are not on disk.
     """
-    path = annotation_file(coco, "captioning", split)
+    path = annotation_file(coco, "captions", split)
     content = read_json(path, ("images", "annotations"))
     try:
         images = sorted(content["images"], key=lambda image: image["id"])
@@ -92,7 +93,7 @@ def _listed(folder: Path) -> set[str]:
     return set(os.listdir(folder)) if folder.is_dir() else set()
 
 
-class Captions(CocoStream):
+class Captions(Stream):
     """target: tokens (T + 2,) from <start> to <end>, of one of the image's captions, drawn for each epoch.
 
     captions: a Karpathy JSON, or None for COCO's own captions of the split
@@ -109,7 +110,7 @@ class Captions(CocoStream):
         if captions:
             images, sentences, left_out = read_karpathy(captions, coco, split)
         else:
-            path = annotation_file(coco, self.task, split)
+            path = annotation_file(coco, "captions", split)
             images, sentences = read_captions(coco, split)
         self.vocabulary = make_vocabulary([words for _, words in sentences], min_count)
         if len(self.vocabulary) == 4:

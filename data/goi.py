@@ -20,8 +20,8 @@ from PIL import Image, ImageDraw
 from torch.utils.data import Dataset
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
-from data import coco, words
-from data.coco import BadImage
+from data.coco import read_instances
+from files import BadImage, open_picture, read_picture, squash
 
 NOT_A_CLASS = ("__background__", "N/A")
 COCO_NAMES = [
@@ -83,7 +83,7 @@ class Records(Dataset):
             file.seek(offset)
             picture = base64.b64decode(json.loads(file.read(length))["image_str"])
         try:
-            pixels = words.decode(picture, self.size)
+            pixels = squash(open_picture(picture), self.size)
         except BadImage as error:
             return BadImage(f"{self.path}:{number}: image_str {error}")
         return pixels, {"image_id": i, "size": self.size}
@@ -115,7 +115,7 @@ class BoxedCoco(Dataset):
     """One object of each image, drawn from the seed, in a red box of 3 px. Raises as read_instances does."""
 
     def __init__(self, folder, split: str, size: tuple[int, int], seed: int = 0, limit: int | None = None):
-        data, self.size, self.folder = coco.read_instances(folder, split), size, Path(folder) / split
+        data, self.size, self.folder = read_instances(folder, split), size, Path(folder) / split
         counts = np.diff(data.first)
         self.data, self.rows = data, np.flatnonzero(counts)[:limit]
         rows = self.rows
@@ -137,12 +137,12 @@ class BoxedCoco(Dataset):
     def __getitem__(self, i: int):
         row, name = self.rows[i], self.data.names[self.rows[i]]
         try:
-            pixels = coco.decode(self.folder / name, tuple(self.data.sizes[row].tolist()))
+            pixels = read_picture(self.folder / name, tuple(self.data.sizes[row].tolist()))
         except BadImage as error:
             return error
         image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
         ImageDraw.Draw(image).rectangle(self.where(i)["box_xyxy"], outline=(255, 0, 0), width=3)
-        return words.squash(image, self.size), {"image_id": i, "size": self.size}
+        return squash(image, self.size), {"image_id": i, "size": self.size}
 
     def where(self, i: int) -> dict:
         box = self.data.boxes_xyxy[self.chosen[i]].round().astype(int).tolist()

@@ -1,10 +1,9 @@
-"""COCO's persons as crops, one at a time: a training stream, and the boxes to evaluate.
+"""COCO's persons as crops, one at a time.
 
 A crop shows a region of the image: a box enlarged by 1.25 and to the aspect of 16 x 12 patches. Unbiased
 (UDP, arXiv 1911.07524): its first and last pixels lie on the region's edges, so mirrored crops fit exactly.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,10 +11,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as TF
 
-from data.coco import BadImage, CocoStream, annotation_file, check_on_disk, collate, decode, read_json
+from data.coco import LISTS, annotation_file, check_on_disk, read_json
+from data.stream import Stream
 
 PADDING = 1.25  # ViTPose's
 GRID = 16, 12  # patches; ViTPose's. 224 x 168 pixels with patches of 14
@@ -46,8 +45,8 @@ def read_persons(coco: str | Path, split: str) -> Persons:
     Raises ValueError for an annotation with an unknown image or other keypoints than its category's;
     FileNotFoundError for an image that is not on disk.
     """
-    path = annotation_file(coco, "pose", split)
-    content = read_json(path, ("images", "annotations", "categories"))
+    path = annotation_file(coco, "person_keypoints", split)
+    content = read_json(path, LISTS)
     try:
         images = {i["id"]: (i["file_name"], i["height"], i["width"]) for i in content["images"]}
         posing = [c for c in content["categories"] if c.get("keypoints")]
@@ -83,42 +82,6 @@ def read_persons(coco: str | Path, split: str) -> Persons:
     others = len(content["annotations"]) - len(kept)
     persons.notes.append(f"{path}: {len(kept)} persons with keypoints, {others} annotations without left out")
     return persons
-
-
-def read_boxes(path: str | Path, persons: Persons) -> Persons:
-    """The persons that a detector found in the same images (COCO's results format), in the place of the true.
-
-    Raises ValueError if there is none, or one is of an image that the annotations do not have.
-    """
-    try:
-        content = json.loads(Path(path).read_bytes())
-        found = [b for b in content if b["category_id"] == persons.categories[0]["id"]]
-        boxes = np.array([b["bbox"] for b in found], np.float32).reshape(-1, 4)
-        scores = np.array([b["score"] for b in found], np.float64)
-        ids = np.array([b["image_id"] for b in found], np.int64)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a COCO results file of boxes: {error}") from error
-    unknown = [int(i) for i in ids if int(i) not in persons.images]
-    if unknown:
-        raise ValueError(f"{path}: {len(set(unknown))} images are not in the annotations: {unknown[0]}")
-    good = np.isfinite(boxes).all(1) & (boxes[:, 2:] > 0).all(1) & (scores > 0)
-    if not good.any():
-        raise ValueError(
-            f"{path} has no box of a person ({len(content)} entries): without it, true boxes serve"
-        )
-    order = np.flatnonzero(good)[np.argsort(ids[good], kind="stable")]
-    images = [persons.images[int(i)] for i in ids[order]]
-    return Persons(
-        ids=ids[order],
-        names=[name for name, *_ in images],
-        sizes=np.array([size for _, *size in images], np.int32).reshape(-1, 2),
-        boxes_xywh=boxes[order],
-        keypoints=np.zeros((len(order), 0, 3), np.float32),
-        scores=scores[order],
-        images=persons.images,
-        categories=persons.categories,
-        notes=[f"{path}: {len(order)} boxes of {len(set(ids[order].tolist()))} images"],
-    )
 
 
 def mirror(names: list[str]) -> list[int]:
@@ -169,7 +132,7 @@ def to_crop(
     return np.concatenate([at * (w - 1, h - 1), points[:, 2:]], 1).astype(np.float32)
 
 
-class Pose(CocoStream):
+class Pose(Stream):
     """target: keypoints (K, 3): x and y in pixels of the crop, v > 0 where labelled.
 
     Augmented as ViTPose: half of the crops are mirrored, 3 in 10 persons with more than 8 keypoints cut to
@@ -193,7 +156,6 @@ class Pose(CocoStream):
         points, box = self.data.keypoints[row], self.data.boxes_xywh[row]
         crop = self.half_body(points, size[1] / size[0])
         crop = region(box, size[1] / size[0]) if crop is None else crop
-        image = image.as_subclass(Tensor)
         if torch.rand(()) < 0.5:
             last = image.shape[2] - 1
             image, crop[0] = TF.horizontal_flip(image), last - crop[0]
@@ -216,48 +178,6 @@ class Pose(CocoStream):
             return None
         sides = part.max(0) - part.min(0)
         return region(np.concatenate([part.mean(0) - sides / 2, sides]), aspect, padding=1.5)
-
-
-class PersonBoxes(Dataset):
-    """items[i] -> crop (3, h, w) uint8, target: every person once, upright and as large as its box.
-
-    target: item i, image_id, orig_size, size, crop_cxcywh (4,) in pixels of the image, score of the box
-    boxes: COCO results of a person detector; None: the true boxes of persons with keypoints
-    """
-
-    def __init__(self, coco, split, scale=1.0, limit=None, boxes=None):
-        data = read_persons(coco, split)
-        self.annotations, self.categories = annotation_file(coco, "pose", split), data.categories
-        if boxes:
-            data = read_boxes(boxes, data)
-        self.image_ids = list(data.images)[:limit]
-        self.rows = np.flatnonzero(np.isin(data.ids, self.image_ids))
-        if not boxes and not len(self.rows):
-            raise ValueError(f"{self.annotations}: no person with keypoints in {len(self.image_ids)} images")
-        self.data, self.folder, self.scale, self.patch = data, Path(coco) / split, scale, 1
-        self.notes = [*data.notes, f"boxes of the persons: {boxes or 'the true ones'}"]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, i: int):
-        row = self.rows[i]
-        try:
-            image = decode(self.folder / self.data.names[row], tuple(self.data.sizes[row].tolist()))
-        except BadImage as error:
-            return error
-        crop, target = person_crop(image, self.data.boxes_xywh[row], self.patch, self.scale)
-        known = {"item": i, "image_id": int(self.data.ids[row]), "score": float(self.data.scores[row])}
-        return crop, {**target, **known}
-
-    @staticmethod
-    def collate(samples: list, patch: int, mean, std):
-        """As data.coco's; behind the B crops come the same B mirrored, for the flip test."""
-        batch = collate(samples, patch, mean, std)
-        if isinstance(batch, Exception):
-            return batch
-        images, valid, y = batch
-        return torch.cat([images, images.flip(3)]), valid, y  # (2 B, 3, h, w)
 
 
 def person_crop(image: Tensor, box_xywh, patch: int, scale: float = 1.0) -> tuple[Tensor, dict]:

@@ -1,14 +1,17 @@
 """COCO's images to evaluate on: each once, in the order of their ids, not augmented."""
 
+import argparse
 from pathlib import Path
 
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as TF
 
-from data import coco
+from data.coco import LISTS, SQUARE, annotation_file, check_on_disk, read_json
+from data.stream import collate
+from files import BadImage, read_picture
 
-ALSO = {"panoptic": ("isthing",)}  # what a category has beside id and name
+KINDS = {"panoptic": "panoptic", "captioning": "captions"}  # whose annotation file is not instances_*.json
 
 
 class Images(Dataset):
@@ -19,30 +22,32 @@ class Images(Dataset):
     Raises ValueError, FileNotFoundError as data.coco's readers.
     """
 
-    collate = staticmethod(coco.collate)
+    collate = staticmethod(collate)
 
     def __init__(self, folder, task, split, scale=1.0, limit=None):
-        path = self.annotations = coco.annotation_file(folder, task, split)
-        needed = ("images", "annotations") + ("categories",) * (task != "captioning")
-        content = coco.read_json(path, needed)
+        path = self.annotations = annotation_file(folder, KINDS.get(task, "instances"), split)
+        captions, panoptic = task == "captioning", task == "panoptic"
+        content = read_json(path, ("images", "annotations") if captions else LISTS)
         try:
             images = sorted(content["images"], key=lambda image: image["id"])
             annotated = {a["image_id"] for a in content["annotations"]}
-            keys = ("id", "name", *ALSO.get(task, ()))
-            categories = sorted(content.get("categories", []), key=lambda c: c["id"])
-            self.categories = [{k: c[k] for k in keys} for c in categories]
-            for c in self.categories:
-                c.update({k: bool(c[k]) for k in ALSO.get(task, ())})
-            left = [i for i in images if i["id"] in annotated or task in ("detection", "segmentation")]
-            self.images = [(i["id"], i["file_name"], (i["height"], i["width"])) for i in left][:limit]
+            categories = [] if captions else sorted(content["categories"], key=lambda c: c["id"])
+            self.categories = [{"id": c["id"], "name": c["name"]} for c in categories]
+            for category, c in zip(self.categories, categories if panoptic else (), strict=False):
+                category["isthing"] = bool(c["isthing"])
+            if captions or panoptic:
+                used = [image for image in images if image["id"] in annotated]
+            else:
+                used = images
+            self.images = [(i["id"], i["file_name"], (i["height"], i["width"])) for i in used][:limit]
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} is not COCO's: {type(error).__name__}: {error}") from error
         self.folder, self.task, self.scale, self.patch = Path(folder) / split, task, scale, 1
         if not self.images:
             raise ValueError(f"{path}: none of its {len(images)} images is annotated: nothing to evaluate")
         self.image_ids = [image_id for image_id, *_ in self.images]
-        coco.check_on_disk(path, self.folder, [name for _, name, _ in self.images])
-        self.notes = [f"{path}: {len(images)} images, {len(images) - len(left)} without annotation left out"]
+        check_on_disk(path, self.folder, [name for _, name, _ in self.images])
+        self.notes = [f"{path}: {len(images)} images, {len(images) - len(used)} without annotation left out"]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -50,8 +55,8 @@ class Images(Dataset):
     def __getitem__(self, i: int):
         image_id, name, size = self.images[i]
         try:
-            image = coco.decode(self.folder / name, size)
-        except coco.BadImage as error:
+            image = read_picture(self.folder / name, size)
+        except BadImage as error:
             return error
         resized, target = prepare(image, self.task, self.patch, self.scale)
         return resized, {"item": i, "image_id": image_id, **target}
@@ -69,7 +74,17 @@ def prepare(image: Tensor, task: str, patch: int, scale: float = 1.0) -> tuple[T
         # The release's sizes in pixels. Detection: short side 800 but the long one at most 672, so always 672
         long = max(1, round(scale * 672))
         if task != "detection":  # fitted into the square of training, 1022
-            long = max(1, round(scale * coco.Segmentation.side) // patch) * patch
+            long = max(1, round(scale * SQUARE) // patch) * patch
         size = tuple(max(1, round(long * side / max(h, w))) for side in (h, w))
     resized = TF.resize(image, list(size), antialias=True)
     return resized, {"orig_size": orig_size, "size": size}
+
+
+def open_items(task: str, args: argparse.Namespace) -> Dataset:
+    """A task's images, or persons, as the options of eval_heads.py describe them."""
+    match task:
+        case "pose":
+            from data.persons import PersonBoxes
+
+            return PersonBoxes(args.coco, args.split, args.image_scale, args.limit, args.persons)
+    return Images(args.coco, task, args.split, args.image_scale, args.limit)

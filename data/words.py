@@ -18,18 +18,15 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
 from functools import cached_property
-from io import BytesIO
 from itertools import accumulate
 from pathlib import Path
 
 import lmdb
 import numpy as np
-import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.coco import BadImage
+from files import BadImage, open_picture, squash
 
 LONGEST = 25  # characters of a training label: clovaai, ViTSTR, PARSeq
 CHARSETS = {  # the first 36 or 94 of printable ASCII without the space, in the order of all three
@@ -157,23 +154,9 @@ def load(words: LmdbWords | ListedWords, i: int, size: tuple[int, int]) -> tuple
     """Word i of a set, (3, h, w) uint8 RGB squashed to size, and its label. Raises BadImage, saying where."""
     data, label = words.read(i)
     try:
-        return decode(data, size), label
+        return squash(open_picture(data), size), label
     except BadImage as error:
         raise BadImage(f"{words.where(i)} {error}") from error
-
-
-def decode(data: bytes, size: tuple[int, int]) -> Tensor:
-    try:
-        with Image.open(BytesIO(data)) as image:
-            return squash(image.convert("RGB"), size)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BadImage(f"cannot be decoded ({error})") from error
-
-
-def squash(image: Image.Image, size: tuple[int, int]) -> Tensor:
-    """(3, h, w) uint8 of an RGB picture, bicubic to size (h, w) whatever its shape: nothing is cut off."""
-    pixels = np.array(image.resize(size[::-1], Image.Resampling.BICUBIC))
-    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 class Words(Dataset):
@@ -209,7 +192,7 @@ class WordStream(Dataset):
     """
 
     def __init__(self, parts: dict[str, dict], charset: str, size, seed: int, skip_bad: bool = False):
-        self.size, self.seed, self.skip_bad, self.notes = size, seed, skip_bad, []
+        self.charset, self.size, self.seed, self.skip_bad, self.notes = charset, size, seed, skip_bad, []
         self.parts, digest = [], hashlib.sha256()
         for part, sets in parts.items():
             rows, counts, before = array("i"), Counter(), 0
@@ -262,6 +245,7 @@ class WordStream(Dataset):
                 skipped.append(words.where(i))
                 if not self.skip_bad or len(skipped) == len(self.parts[position % len(self.parts)][1]):
                     return BadImage(f"{error}: restore it, or use --skip-bad-images")
+        label = spelled(label, self.charset)
         return pixels, {"image_id": words.where(i), "label": label, "size": self.size, "skipped": skipped}
 
 
@@ -290,7 +274,8 @@ class UsableWords(Dataset):
 
     @cached_property
     def labels(self) -> list[str]:
-        return [self.read(index)[1] for index in range(len(self))]
+        """As they are trained on."""
+        return [spelled(self.read(index)[1], self.stream.charset) for index in range(len(self))]
 
     @cached_property
     def fingerprint(self) -> str:

@@ -12,21 +12,16 @@ of `templates`.
 
 import csv
 import json
-import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib import resources
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
-from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from data.pictures import locate
 
 KNOWN = {  # Table 5's columns, in its order
     "imagenet-a": "ImageNet-A",
@@ -41,7 +36,6 @@ KNOWN = {  # Table 5's columns, in its order
 }
 # Where the class folders may be in what is unpacked, or in torchvision's layouts of it
 INSIDE = ("", "val", "2750", "eurosat/2750", "101_ObjectCategories", "caltech101/101_ObjectCategories")
-COCO_FOLDERS = ("", "val2014", "train2014", "val2017", "train2017")
 
 
 @dataclass
@@ -59,31 +53,6 @@ class Benchmark:
     templates: list[str]
     target: Tensor
     notes: list[str] = field(default_factory=list)
-
-
-class Pictures(Dataset):
-    """(i, the transformed image), or (i, a line that says why image i cannot be read)."""
-
-    def __init__(self, images: list[str] | np.ndarray, transform):
-        self.images, self.transform = images, transform
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, i: int) -> tuple[int, Tensor | str]:
-        image = self.images[i]
-        try:
-            image = Image.fromarray(image) if isinstance(image, np.ndarray) else Image.open(image)
-            return i, self.transform(image.convert("RGB"))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            return i, f"{self.images[i]}: {type(error).__name__}: {error}"
-
-
-def collate(items: list[tuple[int, Tensor | str]]) -> tuple[Tensor, Tensor | None, dict[int, str]]:
-    """(b,) indices and (b, 3, h, w) images of those that could be read, and {index: why} of the others."""
-    good = [(i, image) for i, image in items if not isinstance(image, str)]
-    images = torch.stack([image for _, image in good]) if good else None
-    return torch.tensor([i for i, _ in good]), images, {i: why for i, why in items if isinstance(why, str)}
 
 
 # --- classification
@@ -120,6 +89,8 @@ def open_set(name: str, folder: str, limit: int | None = None) -> Benchmark:
 def class_list(name: str, root: Path) -> tuple[dict[str, str], list[str]]:
     """{folder: class name} in the order of the classes, and templates: built in, or from names.json."""
     if name.startswith("imagenet-") and name in KNOWN:
+        import open_clip
+
         info = resources.files("timm.data._info")
         wnids = (info / "imagenet_synsets.txt").read_text().split()  # ascending, as the 1,000 names
         names = dict(zip(wnids, open_clip.IMAGENET_CLASSNAMES, strict=True))
@@ -152,6 +123,8 @@ def _key(folder: str) -> str:
 
 def _own_format(name: str, root: Path) -> tuple[np.ndarray | list[str], list[str]] | None:
     """Images and the folder each would be in, from CIFAR's or GTSRB's files; None if they are not there."""
+    from torchvision.datasets import CIFAR10, CIFAR100
+
     reader = {"cifar-10": CIFAR10, "cifar-100": CIFAR100}.get(name)
     if reader and (root / reader.base_folder).is_dir():
         try:
@@ -169,6 +142,7 @@ def _own_format(name: str, root: Path) -> tuple[np.ndarray | list[str], list[str
 
 def _class_folders(name: str, root: Path, classes: dict[str, int]) -> tuple[list[str], list[str]]:
     """Image files and their folders' names: the first of every folder, then the second, and so on."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS
 
     def folders(inside: str) -> list[Path]:
         at = root / inside
@@ -244,22 +218,3 @@ def _captions(content: list | dict) -> dict[str, list[str]]:
                 name = "/".join(filter(None, [image.get("filepath"), image["filename"]]))
                 captions[name] = [sentence["raw"] for sentence in image["sentences"]]
     return captions
-
-
-def locate(folder: str | Path, images: Iterable[str], file: str | Path) -> list[str]:
-    """The files of images that `file` names. Raises ValueError naming those that are not in the folder."""
-    found = {image: _locate(Path(folder), image) for image in images}
-    if lost := [image for image, path in found.items() if path is None]:
-        raise ValueError(
-            f"{file}: {len(lost)} of {len(found)} images are not in {folder}: {', '.join(lost[:3])}"
-        )
-    return list(found.values())
-
-
-def _locate(root: Path, image: str) -> str | None:
-    """The file under its name, its last part alone, or COCO's number alone, in any of COCO's folders."""
-    names = [image, Path(image).name]
-    if number := re.search(r"(\d{12})\.jpg$", image):
-        names.append(number[0])  # COCO_val2014_000000391895.jpg is 000000391895.jpg in COCO 2017
-    tried = (root / folder / name for name in names for folder in COCO_FOLDERS)
-    return next((str(path) for path in tried if path.is_file()), None)

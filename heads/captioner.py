@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from heads.matching import mean_over_ranks
+from ranks import mean_over_ranks
 
 PAD, UNK, START, END = 0, -3, -2, -1  # places of <pad>, <unk>, <start>, <end> in a vocabulary
 

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import box_convert, generalized_box_iou
 
-from heads.matching import hungarian, mean_over_ranks
+from heads.matching import hungarian
 from heads.transformer import MLP, DecoderLayer, EncoderLayer, sine_position
+from ranks import mean_over_ranks
 
 
 class Detr(nn.Module):
@@ -139,17 +140,6 @@ class Detr(nn.Module):
             {"image_id": t["image_id"], "scores": s, "labels": c, "boxes_xyxy": b}
             for t, s, c, b in zip(y, scores, labels, boxes_xyxy, strict=True)
         ]
-
-
-def to_coco_results(predictions: list[dict], categories: list[dict]) -> list[dict]:
-    """What predict returned, in COCO's results format: one dict for each box, as x, y, w, h."""
-    results = []
-    for p in predictions:
-        boxes, labels, scores = box_convert(p["boxes_xyxy"], "xyxy", "xywh"), p["labels"], p["scores"]
-        for box, label, score in zip(boxes.tolist(), labels.tolist(), scores.tolist(), strict=True):
-            ids = {"image_id": p["image_id"], "category_id": categories[label]["id"]}
-            results.append({**ids, "bbox": box, "score": score})
-    return results
 
 
 def paired_giou(a: Tensor, b: Tensor) -> Tensor:

@@ -4,17 +4,14 @@ Instance or panoptic segmentation: the categories and the masks of the data deci
 """
 
 import math
-from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from pycocotools import mask as rle
 from torch import Tensor, nn
 
-from heads.matching import hungarian, mean_over_ranks
+from heads.matching import hungarian
 from heads.transformer import MLP, sine_position
+from ranks import mean_over_ranks
 
 
 class GroupNorm(nn.GroupNorm):
@@ -419,29 +416,3 @@ def full_size(masks: Tensor, t: dict) -> Tensor:
     (h, w), (H, W) = t["size"], (-(-side // patch) for side in t["size"])
     masks = F.interpolate(masks[:, None, :H, :W], scale_factor=patch, mode="bilinear")
     return F.interpolate(masks[..., :h, :w], t["orig_size"], mode="bilinear")[:, 0]
-
-
-# --- result files
-
-
-def to_coco_results(predictions: list[dict], categories: list[dict]) -> list[dict]:
-    """What predict returned, in COCO's results format: one dict for each instance."""
-    results = []
-    for p in predictions:
-        masks = np.asfortranarray(p["masks"].permute(1, 2, 0).cpu().numpy(), dtype=np.uint8)  # (h, w, n)
-        labels, scores = p["labels"].tolist(), p["scores"].tolist()
-        for code, label, score in zip(rle.encode(masks), labels, scores, strict=True):
-            code["counts"] = code["counts"].decode()
-            ids = {"image_id": p["image_id"], "category_id": categories[label]["id"]}
-            results.append({**ids, "segmentation": code, "score": score})
-    return results
-
-
-def write_panoptic(prediction: dict, folder: str | Path) -> dict:
-    """One answer of predict_panoptic in COCO's format: writes FOLDER/ID.png, returns its annotation."""
-    ids = prediction["segments"].cpu().numpy()
-    colours = np.stack([ids % 256, ids // 256 % 256, ids // 256**2], -1)  # id = R + 256 G + 256^2 B
-    file_name = f"{prediction['image_id']:012d}.png"
-    Image.fromarray(colours.astype(np.uint8)).save(Path(folder) / file_name)
-    header = {"image_id": prediction["image_id"], "file_name": file_name}
-    return {**header, "segments_info": prediction["segments_info"]}

@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
@@ -42,12 +41,3 @@ def hungarian(costs: list[Tensor]) -> Matches:
         begin, first_target = begin + cost.numel(), first_target + cost.shape[2]
     stacked = np.stack([np.concatenate(level, 1) for level in pairs], 1)  # (3, L, M)
     return Matches(*torch.from_numpy(stacked).to(costs[0].device, non_blocking=True))
-
-
-def mean_over_ranks(values: list[float], device: torch.device) -> Tensor:
-    """The average of each value over the ranks, so that losses are normalized by what all of them hold."""
-    mean = torch.tensor(values, dtype=torch.float32).to(device, non_blocking=True)
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(mean)
-        mean /= dist.get_world_size()
-    return mean

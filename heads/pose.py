@@ -4,11 +4,9 @@ One person per crop, one heat map per keypoint. Coordinates are unbiased (UDP, a
 crop and of its heat maps lie on one edge of the region in the image, the last pixel on the other.
 """
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from pycocotools.cocoeval import Params
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
@@ -37,7 +35,6 @@ class Pose(nn.Module):
 
     dim: width D of the backbone
     categories: one, {"id", "name", "keypoints": K names, "mirror": K indices}
-    simple: ViTPose's simple decoder, a bilinear x4 and a 3x3 convolution, in the place of the classic one
 
     y holds for each crop
         keypoints (K, 3): x and y in pixels of the crop, v > 0 where labelled: for the loss
@@ -47,26 +44,18 @@ class Pose(nn.Module):
     sigma = 2.0  # of a target, in pixels of the heat map; ViTPose's
     blur = 11  # width in pixels of the Gaussian that smooths a heat map before it is read; ViTPose's
     sure = 0.2  # least score of a keypoint that counts for its person; ViTPose's
-    most_oks = 0.9  # of two persons in the results; ViTPose's
 
-    def __init__(self, dim: int, categories: list[dict], simple: bool = False):
+    def __init__(self, dim: int, categories: list[dict]):
         super().__init__()
-        self.config = {"dim": dim, "categories": categories, "simple": simple}
+        self.config = {"dim": dim, "categories": categories}
         names = categories[0]["keypoints"]
         width = 256
-        if simple:
-            self.decoder = nn.Sequential(
-                nn.ReLU(),
-                nn.Upsample(scale_factor=4, mode="bilinear"),
-                nn.Conv2d(dim, len(names), 3, padding=1),
-            )
-        else:
-            up = dict(kernel_size=4, stride=2, padding=1, bias=False)
-            self.decoder = nn.Sequential(
-                *(nn.ConvTranspose2d(dim, width, **up), BatchNorm(width), nn.ReLU()),
-                *(nn.ConvTranspose2d(width, width, **up), BatchNorm(width), nn.ReLU()),
-                nn.Conv2d(width, len(names), 1),
-            )
+        up = dict(kernel_size=4, stride=2, padding=1, bias=False)
+        self.decoder = nn.Sequential(
+            *(nn.ConvTranspose2d(dim, width, **up), BatchNorm(width), nn.ReLU()),
+            *(nn.ConvTranspose2d(width, width, **up), BatchNorm(width), nn.ReLU()),
+            nn.Conv2d(width, len(names), 1),
+        )
         for layer in self.decoder:
             if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
                 nn.init.normal_(layer.weight, std=0.001)  # ViTPose's
@@ -166,39 +155,3 @@ def read(heat: Tensor, blur: int, sigma: float | None = None) -> tuple[Tensor, T
     xx, yy = xx + torch.finfo(heat.dtype).eps, yy + torch.finfo(heat.dtype).eps
     step = torch.stack([xy * gy - yy * gx, xy * gx - xx * gy], -1) / (xx * yy - xy * xy)[..., None]
     return torch.stack([x, y], -1) + step.nan_to_num(0).clamp(-1, 1), scores
-
-
-# --- result files
-
-
-def to_coco_results(predictions: list[dict], categories: list[dict]) -> list[dict]:
-    """What predict returned, in COCO's results format: persons that repeat a better one are left out."""
-    by_image = {}
-    for p in predictions:
-        by_image.setdefault(p["image_id"], []).append(p)
-    return [
-        {
-            "image_id": p["image_id"],
-            "category_id": categories[0]["id"],
-            "keypoints": np.asarray(p["keypoints"], np.float64).flatten().tolist(),
-            "score": p["score"],
-        }
-        for persons in by_image.values()
-        for p in oks_nms(persons)
-    ]
-
-
-def oks_nms(persons: list[dict], most: float = Pose.most_oks) -> list[dict]:
-    """The persons of an image, best first, less those whose OKS with a better one is above `most`."""
-    persons = sorted(persons, key=lambda p: -p["score"])
-    at = np.stack([np.asarray(p["keypoints"], np.float64)[:, :2] for p in persons])  # (n, K, 2)
-    areas = np.array([p["area"] for p in persons])
-    variances = (2 * Params(iouType="keypoints").kpt_oks_sigmas) ** 2  # (K,)
-    kept, left = [], np.arange(len(persons))
-    while len(left):
-        best, left = left[0], left[1:]
-        kept.append(persons[best])
-        squares = ((at[left] - at[best]) ** 2).sum(-1)  # (n, K)
-        scale = (areas[left] + areas[best])[:, None] / 2 * variances * 2
-        left = left[np.exp(-squares / scale).mean(1) <= most]
-    return kept

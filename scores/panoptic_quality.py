@@ -101,3 +101,19 @@ def panoptic_quality(counts: np.ndarray, categories: list[dict]) -> dict[str, np
         for kind, value in (("PQ", sq * rq), ("SQ", sq), ("RQ", rq)):
             answer[kind + name] = (value * (occurs & of)).sum(-1) / np.maximum(n, 1)
     return answer
+
+
+def paired_intervals(
+    before: np.ndarray, after: np.ndarray, categories: list[dict], seed: int, resamples: int = 1000
+) -> dict[str, tuple[float, float]]:
+    """{metric: the ends of 95% of after - before}, by a paired bootstrap over the images.
+
+    before, after: (n, C, 4), the counts of the same n images
+    """
+    n, rng, scores = len(before), np.random.default_rng(seed), []
+    draws = rng.multinomial(n, np.full(n, 1 / n), size=resamples) * 1.0  # how often each image is drawn
+    for counts in (before, after):
+        drawn = (draws @ counts.reshape(n, -1)).reshape(resamples, *counts.shape[1:])
+        scores.append(panoptic_quality(drawn, categories))
+    ends = {k: np.percentile(scores[1][k] - scores[0][k], (2.5, 97.5)) for k in scores[0]}
+    return {k: (float(low), float(high)) for k, (low, high) in ends.items()}

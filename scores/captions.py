@@ -15,8 +15,6 @@ from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.tokenizer import ptbtokenizer
 
-import evaluation
-
 FEW = 100  # images; CIDEr weighs words by how many images' references have them
 
 
@@ -28,7 +26,7 @@ def caption_scores(references: dict, candidates: dict) -> dict:
     know. Without Java the names are cider_simple_tok and bleu4_simple_tok.
     Raises ValueError naming the images that lack a candidate or references, or are unknown.
     """
-    evaluation.check_images(references, candidates)
+    check_images(references, candidates)
     if lacking := [i for i, captions in references.items() if not captions]:
         raise ValueError(f"{len(lacking)} images have no reference caption, the first is {lacking[0]}")
     name, notes = "", []
@@ -70,3 +68,15 @@ def ptb_tokens(captions: dict) -> dict:
 def simple_tokens(captions: dict) -> dict:
     """The same by a rule of ours: runs of letters, digits and apostrophes."""
     return {i: [" ".join(re.findall(r"[\w']+", text.lower())) for text in c] for i, c in captions.items()}
+
+
+def check_images(expected, found) -> None:
+    """Raises ValueError naming images that have no prediction, and predictions for images not in the set."""
+    for what, ids in (
+        ("have no prediction", [i for i in expected if i not in found]),
+        ("are predicted for, but are not in the annotations", [i for i in found if i not in expected]),
+    ):
+        if ids:
+            raise ValueError(
+                f"{len(ids)} images {what}: {', '.join(map(str, ids[:5]))}{', ...' * (len(ids) > 5)}"
+            )

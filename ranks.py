@@ -1,0 +1,173 @@
+"""The processes of a run: started, addressed, and left cleanly.
+
+`python script.py` runs the same code as `torchrun`, in a group of one. Beside training.py, nothing else knows
+of processes but through these functions.
+"""
+
+import argparse
+import gc
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process: its number, how many there are, its device, and the type the frozen ViT computes in."""
+
+    rank: int
+    world: int
+    device: torch.device
+    dtype: torch.dtype
+
+    def seed(self, seed: int, step: int) -> None:
+        """What follows depends on these alone. Call it after fetching data: a new loader draws numbers."""
+        torch.manual_seed((seed << 40) + step * self.world + self.rank)
+
+    def free_memory(self) -> float:
+        """Bytes of this rank's GPU that a step may take, less a part for fragments; none on a CPU."""
+        return 0.85 * torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 0.0
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def say(self, *lines: str) -> None:
+        """Print, once for all ranks."""
+        if self.rank == 0 and lines:
+            print(*lines, sep="\n", flush=True)
+
+
+def add_process_options(p: argparse.ArgumentParser) -> None:
+    """Of every script that starts ranks."""
+    add = p.add_argument_group("processes").add_argument
+    dtypes = "type of the frozen models (auto: bf16 on GPUs that have it, else fp16; CPU: fp32)"
+    add("--backbone-dtype", choices=["auto", *DTYPES], default="auto", help=dtypes)
+    add("--workers", type=int, help="loader processes per rank and task (0 = none; default: by the cores)")
+    add("--seed", type=int, default=0, help="of all that is drawn: initialization, data order, augmentation")
+
+
+def loader_processes(tasks: int = 1) -> int:
+    """What --workers is if it is not given: two a task, fewer where this machine's ranks have fewer cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(2, cores // (tasks * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))))
+
+
+def start(args: argparse.Namespace, options: argparse.ArgumentParser) -> Ranks:
+    """Join the process group that torchrun describes, or make one of one; say what runs.
+
+    options: the parser of args, for its groups: one a line
+    """
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # the heads' fp32 matrix products may use TF32
+    backend = "nccl" if cuda else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    dtype = args.backbone_dtype
+    if dtype == "auto":
+        half = "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        dtype = half if cuda else "fp32"
+    ranks = Ranks(dist.get_rank(), dist.get_world_size(), device, DTYPES[dtype])
+    made_by = provenance()
+    ranks.say(
+        f"{made_by['command']} | commit {made_by['commit']}",
+        " ".join(f"{name} {number}" for name, number in made_by["versions"].items()),
+        f"{ranks.world} x {torch.cuda.get_device_name(device) if cuda else 'cpu'}, backbone in {dtype}",
+        *options_by_group(args, options),
+    )
+    return ranks
+
+
+def options_by_group(args: argparse.Namespace, options: argparse.ArgumentParser) -> list[str]:
+    """A line `group: name=value ...` for each of argparse's groups of options, and one for all others."""
+    left, lines = dict(vars(args)), []
+    for group in options._action_groups:  # argparse has no public name for them
+        names = [action.dest for action in group._group_actions if action.dest in left]
+        values = " ".join(f"{name}={left.pop(name)}" for name in names)
+        lines += [f"{group.title}: {values}"] if values else []
+    rest = " ".join(f"{name}={value}" for name, value in left.items())
+    return lines + ([f"also: {rest}"] if rest else [])
+
+
+def provenance() -> dict:
+    """What a result depends on beside its options: the command, this code's commit, versions."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    versions = {name: version(name) for name in ("torch", "torchvision", "timm", "fairscale")}
+    versions = {"python": platform.python_version(), **versions, "torch": torch.__version__}
+    return {"command": shlex.join(sys.argv), "commit": commit or "unknown", "versions": versions}
+
+
+def launch(main: Callable[[], None]) -> None:
+    """Run a script's main and leave the group cleanly. The user's errors are one line and exit code 2."""
+    code = 1
+    try:
+        main()  # its DDP wrappers go when it returns: gloo can abort at exit if they outlive the group
+        if dist.is_initialized():
+            dist.barrier()
+        code = 0
+    except (ValueError, OSError, FloatingPointError) as error:
+        where = traceback.extract_tb(error.__traceback__)[-1].filename
+        if not Path(where).is_relative_to(Path(__file__).parent) or ".venv" in where:
+            raise
+        code = 2
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):  # torch raises it wherever the script happens to be
+            raise
+        code = 2
+        why = "a loader process died, perhaps for lack of memory (see --workers)"
+        print(f"{Path(sys.argv[0]).name}: {why}: {error}", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        code = 130
+        why = "interrupted; if the script has --resume, that goes on from what is saved"
+        print(f"{Path(sys.argv[0]).name}: {why}", file=sys.stderr, flush=True)
+    finally:
+        gc.collect()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    sys.exit(code)
+
+
+def to_device(item, device: torch.device):
+    """Every tensor in nested lists, tuples and dicts, without waiting for the copy."""
+    if isinstance(item, Tensor):
+        return item.to(device, non_blocking=True)
+    if isinstance(item, dict):
+        return {k: to_device(v, device) for k, v in item.items()}
+    return type(item)(to_device(v, device) for v in item) if isinstance(item, list | tuple) else item
+
+
+def gather(mine: dict) -> dict:
+    """Every rank's {item: answer} together, in the items' order, on every rank."""
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, mine)
+    joined = {item: answer for part in parts for item, answer in part.items()}
+    assert len(joined) == sum(map(len, parts)), "an item was answered on two ranks"
+    return dict(sorted(joined.items()))
+
+
+def mean_over_ranks(values: list[float], device: torch.device) -> Tensor:
+    """The average of each value over the ranks, so that losses are normalized by what all of them hold."""
+    mean = torch.tensor(values, dtype=torch.float32).to(device, non_blocking=True)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(mean)
+        mean /= dist.get_world_size()
+    return mean

@@ -1,0 +1,148 @@
+"""The in-domain tasks (Table 1): each one's head T_n, its stream of (x, y), its file, Sec. 4.2's numbers.
+
+A head is built as Head(dim, categories or vocabulary), keeps its arguments in `config`, and answers
+    loss, parts = head.loss(f, y)     # scalar; detached scalars for the log
+    head.predict(f, y)                # a list of B dicts: the task's answer for each image, or person
+Its file is safetensors with a JSON header to rebuild it from: usable without the data set.
+
+To predict, y holds for each image: image_id, orig_size (h, w), size after the resize, padded_size. For each
+of pose's crops (data.pose.person_crop): image_id, crop_cxcywh and score of the box.
+"""
+
+import argparse
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import nn
+
+import files
+from data.coco import annotation_file, read_ids
+from data.stream import Stream
+
+NAMES = ("detection", "segmentation", "panoptic", "captioning", "pose")
+
+
+class Task(NamedTuple):
+    """kind: of the annotation file; iters, lr, batch: of stage 1; prob, batch2: of stage 2 (batches per GPU,
+    of 8)"""
+
+    Head: type[nn.Module]
+    Stream: type[Stream]
+    kind: str
+    iters: int
+    lr: float
+    batch: int
+    prob: float
+    batch2: int
+
+
+def find(task: str) -> Task:
+    """Imports what this task needs, and nothing of the others."""
+    dense = dict(iters=150_000, lr=5e-5, batch=1, prob=0.3, batch2=1)  # Sec. 4.2
+    match task:
+        case "detection":
+            from data.detection import Detection
+            from heads.detr import Detr
+
+            return Task(Detr, Detection, "instances", **dense)
+        case "segmentation":
+            from data.segmentation import Segmentation
+            from heads.mask2former import Mask2Former
+
+            return Task(Mask2Former, Segmentation, "instances", **dense)
+        case "panoptic":
+            from data.segmentation import PanopticSegmentation
+            from heads.mask2former import Panoptic
+
+            return Task(Panoptic, PanopticSegmentation, "panoptic", **dense)
+        case "captioning":
+            from data.captions import Captions
+            from heads.captioner import Captioner
+
+            return Task(Captioner, Captions, "captions", 100_000, 4e-4, 32, prob=0.4, batch2=8)  # Sec. 4.2
+        case "pose":
+            from data.pose import Pose as Crops
+            from heads.pose import Pose
+
+            # Not in the paper, which only says that pose was added (Table 12); ViTPose's, 210 epochs
+            return Task(Pose, Crops, "person_keypoints", 60_000, 5e-4, 64, prob=0.3, batch2=8)
+    raise ValueError(f"unknown task {task}: expected one of {', '.join(NAMES)}")
+
+
+def annotations(task: str, args: argparse.Namespace) -> Path:
+    """Where a task's annotations are. Raises FileNotFoundError, saying where to get them."""
+    captions = getattr(args, "captions", None)
+    if task != "captioning" or not captions:
+        return annotation_file(args.coco, find(task).kind, args.split)
+    if not Path(captions).is_file():
+        raise FileNotFoundError(f"--captions {captions}: no such file")
+    return Path(captions)
+
+
+def open_stream(task: str, args: argparse.Namespace) -> Stream:
+    """A task's training stream as the options of both stages describe it."""
+    exclude = read_ids(args.exclude_images) if args.exclude_images else set()
+    options = dict(scale=args.image_scale, fraction=args.data_fraction, exclude=exclude)
+    if task == "captioning":
+        options |= dict(captions=args.captions, min_count=args.min_count)
+    return find(task).Stream(args.coco, args.split, args.seed, **options, skip_bad=args.skip_bad_images)
+
+
+# --- head files
+
+
+def save_head(head: nn.Module, path: str | Path, task: str, **header) -> None:
+    """Write the weights and what rebuilds the head without its data set: task, sizes, categories or words."""
+    files.save(head.state_dict(), path, head={"task": task, "config": head.config, **header})
+
+
+def load_head(path: str | Path, dim: int) -> nn.Module:
+    """A head in eval mode. Raises ValueError if it was made for features of another width than `dim`."""
+    header = files.read_header(path, "head")
+    config = {k: v for k, v in header["config"].items() if k != "simple"}  # pose heads once had it, False
+    if config["dim"] != dim:
+        raise ValueError(f"{path} was made for a backbone of width {config['dim']}, not {dim}")
+    head = find(header["task"]).Head(**config)
+    head.load_state_dict(files.read_tensors(path))
+    return head.eval()
+
+
+def find_head(places: list[str], task: str, settings: dict) -> Path:
+    """The file of a task's head, among files and folders with TASK.safetensors or TASK/TASK.safetensors.
+
+    settings: what it must have been trained on: backbone, no_cls, imagenet_norm
+    Raises FileNotFoundError saying where it looked, or ValueError if the head knows other features.
+    """
+    looked = []
+    for place in map(Path, places):
+        candidates = [place / f"{task}.safetensors", place / task / f"{task}.safetensors"]
+        if place.is_file():
+            candidates = [place] if files.read_header(place, "head")["task"] == task else []
+        looked += candidates
+        path = next((path for path in candidates if path.is_file()), None)
+        if path:
+            header = files.read_header(path, "head")
+            wrong = [f"{k} {header[k]}, not {v}" for k, v in settings.items() if header.get(k, v) != v]
+            if wrong:
+                raise ValueError(f"{path} was trained with {'; '.join(wrong)}: both stages must agree")
+            return path
+    where = " or ".join(map(str, looked or places))
+    raise FileNotFoundError(
+        f"no {task} head at {where}: stage1_heads.py --task {task} trains it; or see --heads"
+    )
+
+
+def check_classes(head: nn.Module, classes: list, path: Path) -> None:
+    """Raises ValueError if the head's categories or words are not those of the data, in the same order."""
+    captioner = "vocabulary" in head.config
+    had = head.config["vocabulary" if captioner else "categories"]
+    if had == classes:
+        return
+    at = next((i for i, (a, b) in enumerate(zip(had, classes, strict=False)) if a != b), "the end")
+    what, how = ("categories", "in the same order")
+    if captioner:
+        what, how = "words", "made from the same captions with the same --min-count"
+    raise ValueError(
+        f"{path} knows {len(had)} {what}, the data has {len(classes)}, unlike from {at} on: "
+        f"they must be the same, {how}"
+    )
