@@ -25,12 +25,8 @@ class Attention(nn.Module):
 
     def forward(self, h: Tensor, keys: Tensor) -> Tensor:
         """h: (B, K, n); keys: encoder_att of the features (B, N, hidden). Returns (B, K, N), sums of 1."""
-        query, energy = self.decoder_att(h), []
-        # Eight images at a time: the sums for 64 and a beam of 5 are 100 MB, and slow for that
-        for k, q in zip(keys.split(8), query.split(8), strict=True):
-            hidden = F.relu(k[:, None] + q[:, :, None], inplace=True)  # (8, K, N, hidden)
-            energy.append(self.full_att(hidden).squeeze(-1))
-        return torch.cat(energy).softmax(-1)
+        hidden = F.relu(keys[:, None] + self.decoder_att(h)[:, :, None])  # (B, K, N, hidden)
+        return self.full_att(hidden).squeeze(-1).softmax(-1)
 
 
 class Captioner(nn.Module):
@@ -134,23 +130,21 @@ class Captioner(nn.Module):
 
     @torch.no_grad()
     def predict(self, f, y: list[dict], beam: int = 5) -> list[dict]:
-        """The likeliest caption that a beam search finds, never a less likely one than word by word (beam 1).
+        """The likeliest caption that a beam search finds.
 
         y: B dicts with image_id
         Returns B dicts: image_id, caption, tokens (T,) with <end> unless cut at T = 51, their log_prob, and
         the attention (T, 14, 14) that each was said with.
         """
-        seen = self.look(f)
-        found = self.search(*seen, beam=1)
-        if beam > 1:  # the beam can lose the caption that is best at every step
-            wide = self.search(*seen, beam=beam)
-            found = [max(pair, key=lambda one: one["log_prob"]) for pair in zip(wide, found, strict=True)]
-        vocabulary = self.config["vocabulary"]
+        captions, vocabulary = self.search(*self.look(f), beam), self.config["vocabulary"]
         special = {vocabulary[i] for i in (PAD, UNK, START, END)}
-        for one, t in zip(found, y, strict=True):
-            said = [vocabulary[token] for token in one["tokens"].tolist()]
-            one["image_id"], one["caption"] = t["image_id"], " ".join(w for w in said if w not in special)
-        return found
+        for caption, t in zip(captions, y, strict=True):
+            words = [vocabulary[token] for token in caption["tokens"].tolist()]
+            caption["image_id"], caption["caption"] = (
+                t["image_id"],
+                " ".join(w for w in words if w not in special),
+            )
+        return captions
 
     def search(self, v: Tensor, keys: Tensor, state: tuple[Tensor, Tensor], beam: int) -> list[dict]:
         """The `beam` likeliest beginnings for every image, word by word, until the likeliest has ended.
@@ -166,7 +160,7 @@ class Captioner(nn.Module):
         tokens = torch.full((B, K, 1), self.fc.out_features + START, device=v.device)
         attentions = v.new_zeros(B, K, 0, v.shape[1])
         ended = torch.zeros(B, K, dtype=torch.bool, device=v.device)
-        images, found = torch.arange(B), [None] * B
+        images, captions = torch.arange(B), [None] * B
         for length in range(1, self.most_tokens + 1):
             h, c, attention = self.step(self.words(tokens[..., -1], W_y), h, c, v, keys, W_z)
             logits = self.fc(h)
@@ -188,10 +182,9 @@ class Captioner(nn.Module):
             for i in leaves.nonzero()[:, 0].tolist():
                 said = tokens[i, 0, 1:].tolist()
                 T = said.index(end) + 1 if end in said else length
-                looks = attentions[i, 0, :T].unflatten(-1, (self.side, self.side))
-                found[images[i]] = dict(
-                    tokens=tokens[i, 0, 1 : T + 1], log_prob=float(log_prob[i, 0]), attention=looks
-                )
+                looks = attentions[i, 0, :T].unflatten(-1, (self.side, self.side))  # (T, 14, 14)
+                best = {"tokens": tokens[i, 0, 1 : T + 1], "log_prob": float(log_prob[i, 0])}
+                captions[images[i]] = {**best, "attention": looks}
             if leaves.all():
                 break
             if leaves.any():
@@ -200,4 +193,4 @@ class Captioner(nn.Module):
                 v, keys, h, c, log_prob, tokens, attentions, ended = (
                     x[stays] for x in (v, keys, h, c, log_prob, tokens, attentions, ended)
                 )
-        return found
+        return captions

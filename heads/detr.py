@@ -48,8 +48,7 @@ class Detr(nn.Module):
         class_weight[-1] = self.no_object_weight
         self.register_buffer("class_weight", class_weight, persistent=False)
 
-    def forward(self, f, y: list[dict]) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.loss(f, y)
+    # --- network
 
     def decode(self, f) -> tuple[Tensor, Tensor]:
         """Features -> logits (L, B, Q, C + 1), boxes_cxcywh (L, B, Q, 4) in [0, 1]; L = 6 decoder layers."""
@@ -73,6 +72,11 @@ class Detr(nn.Module):
         q = torch.stack(levels)  # (L, B, Q, 256)
         return self.class_embed(q), self.bbox_embed(q).sigmoid()
 
+    # --- loss
+
+    def forward(self, f, y: list[dict]) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.loss(f, y)
+
     def loss(self, f, y: list[dict]) -> tuple[Tensor, dict[str, Tensor]]:
         """1. Match queries to targets at every level. 2. Supervise the pairs, and the rest as no-object.
 
@@ -80,13 +84,16 @@ class Detr(nn.Module):
         Returns the sum over the levels, and the last level's terms for the log. Sums over targets are divided
         by their number, class weights by their sum, both averaged over the ranks.
         """
-        logits, boxes = self.decode(f)
-        return self.criterion(logits, boxes, y)
+        return self.criterion(*self.decode(f), y)
 
     def criterion(self, logits: Tensor, boxes: Tensor, y: list[dict]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of what decode returns: logits (L, B, Q, C + 1), boxes_cxcywh (L, B, Q, 4) in [0, 1].
+
+        With M matched pairs a level, of B images with N targets in all. y and what is returned: as loss.
+        """
         match = hungarian(self.matching_costs(logits.detach(), boxes.detach(), y))
         levels, B, Q = logits.shape[:3]
-        pairs = match.query.shape[1]
+        pairs = match.query.shape[1]  # M
         level = torch.arange(levels, device=logits.device)[:, None]  # (L, 1)
         labels = torch.cat([t["labels"] for t in y])[match.target]  # (L, M)
         targets = torch.cat([t["boxes_cxcywh"] for t in y])[match.target]  # (L, M, 4)
@@ -124,6 +131,8 @@ class Detr(nn.Module):
             w = self.weight
             costs.append(w["l1"] * l1 - w["class"] * probabilities - w["giou"] * giou)
         return costs
+
+    # --- answers
 
     @torch.no_grad()
     def predict(self, f, y: list[dict]) -> list[dict]:

@@ -93,6 +93,7 @@ class DeformableEncoderLayer(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
 
     def forward(self, x: Tensor, pos: Tensor, centres: Tensor, valid: Tensor | None) -> Tensor:
+        """x, pos: (B, N, dim); centres: (H, W, 2); valid: (B, H, W) bool or None; N = H * W."""
         x = self.norm1(x + self.self_attn(x, pos, centres, valid))
         return self.norm2(x + self.linear2(F.relu_(self.linear1(x))))
 
@@ -242,7 +243,8 @@ class Mask2Former(nn.Module):
         return self.criterion(*self.decode(f), y)
 
     def criterion(self, logits: Tensor, embeddings: Tensor, pixels: Tensor, masks: Tensor, y: list[dict]):
-        """The loss of what decode returns."""
+        """The loss of what decode returns: logits (L, B, Q, C + 1), embeddings (L, B, Q, 256), pixels
+        (B, 256, H, W), masks (L, B, Q, H, W). y and what is returned: as loss."""
         levels, B, Q = logits.shape[:3]
         labels, counts = torch.cat([t["labels"] for t in y]), [len(t["labels"]) for t in y]  # (N,), N targets
         truth = [t["masks"].float() for t in y]  # B of (n, h, w)
@@ -280,7 +282,9 @@ class Mask2Former(nn.Module):
     def matching_costs(self, logits: Tensor, masks: Tensor, labels, truth, scales) -> list[Tensor]:
         """B tensors (L, Q, n): - 2 p(class) + 5 BCE + 5 dice of every query with every target of its image.
 
-        All masks of an image are compared at the same random points.
+        logits (L, B, Q, C + 1); masks (L, B, Q, H, W) logits; for each image labels (n,), truth (n, h, w) in
+        {0, 1}, scales (2,): the image's part of the grid, x and y. All masks of an image are compared at the
+        same P random points.
         """
         costs = []
         for b, scale in enumerate(scales):
@@ -299,7 +303,11 @@ class Mask2Former(nn.Module):
         return costs
 
     def mask_losses(self, q: Tensor, pixels: Tensor, truth: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """BCE and dice (L, n) of an image's targets (n, h, w) with the matched MLP(q) (L, n, 256)."""
+        """BCE and dice, (L, n) each, of an image's n targets with the queries that they are matched with.
+
+        q: MLP(q) (L, n, 256); pixels: (256, H, W); truth: (n, h, w) in {0, 1}; scale: (2,), the image's part
+        of the grid, x and y
+        """
         masks = torch.einsum("nld,dhw->nlhw", q.transpose(0, 1), pixels)  # (n, L, H, W)
         points = self.uncertain_points(masks.detach(), scale)  # (n, L, P, 2)
         target = sample(truth[:, None], points)[:, 0]  # (n, L, P)
