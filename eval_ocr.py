@@ -198,10 +198,10 @@ def train(args, variant: str, backbone, stream: words.WordStream, ranks: Ranks) 
         save = (step + 1) % args.save_every == 0 or step + 1 == args.iters
         log.add(step + 1, "ocr", y, loss, parts, lr, save)
         if save:
-            run.save(step + 1)
             if ranks.rank == 0:
                 known = {"task": "ocr", "config": head.config, "step": step + 1, **header}
                 files.save(head.state_dict(), out / "ocr.safetensors", head=known)
+            run.save(step + 1)  # last: what is resumed from it is complete
     return head
 
 

@@ -8,7 +8,18 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
+
+
+class SumOverRanks(torch.autograd.Function):
+    """all_reduce whose gradient is all_reduce: what each rank's part does to the losses of all."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    backward = forward
 
 
 class BatchNorm(nn.BatchNorm2d):
@@ -18,9 +29,9 @@ class BatchNorm(nn.BatchNorm2d):
         world = dist.get_world_size() if dist.is_initialized() else 1
         if not self.training or world == 1:
             return super().forward(x)
-        mean = all_reduce(x.mean((0, 2, 3))) / world  # (C,)
+        mean = SumOverRanks.apply(x.mean((0, 2, 3))) / world  # (C,)
         x = x - mean[:, None, None]
-        variance = all_reduce(x.square().mean((0, 2, 3))) / world
+        variance = SumOverRanks.apply(x.square().mean((0, 2, 3))) / world
         n = world * x.numel() / x.shape[1]
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
