@@ -1,80 +1,102 @@
 #!/usr/bin/env bash
-# The paper from weights to tables, one command after another, each skipped where its result is there: a stopped run goes
-# on with the same command. EVA-ViT-G by default; MODEL=eva_e is the 4.4 B one of most tables.
+# The paper from weights to Tables 3 to 8 and Fig. 3, one command after another. Tables 9 to 12: runs/ablations.sh.
 #
-#     runs/paper.sh                      # 8 GPUs of one machine
-#     LAUNCH="torchrun --nproc_per_node 2" runs/paper.sh
+#     runs/paper.sh                           # EVA-ViT-G, 8 GPUs of one machine
+#     MODEL=eva_e runs/paper.sh               # EVA-ViT-E, the 4.4 B one: Table 5, Table 6, its row of Table 4
+#     runs/paper.sh table7_okvqa figure3      # the parts whose names begin so; a part is a folder in $OUT
+#     LAUNCH="torchrun --nproc_per_node 2" runs/paper.sh      # another run: batches are per GPU
 #
-# Needs COCO 2017 in $COCO, the backbone in weights/$MODEL.safetensors (or WEIGHTS=pretrained), and the sets to evaluate
-# on, where the names below say; an evaluation whose data are not there is left out, and said. README.md lists them.
+# A part is done when its folder has a file `done`, and is then passed over: a stopped run goes on with the same command.
+# `touch` that file beside heads or LoRA that you have already; remove it to have a part again. Needs COCO 2017 in $COCO,
+# the backbone in weights/$MODEL.safetensors (or WEIGHTS=pretrained), and the sets to evaluate on, where the names below
+# say; a part whose data are not there is left out, and said.
+#
+# Each table has those checkpoints of stage 2 that it has in the paper; CHECKPOINTS="010000 050000" puts others in all.
+# EXCLUDE="--exclude-images FILE" keeps images out of both stages; the authors trained on all. LLM=2.7b: of BLIP-2's OPTs.
+# BLIP2: a folder with blip2-opt-2.7b, ..., or Salesforce on the hub; CLIP_WEIGHTS: a file, or open_clip downloads them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 MODEL=${MODEL:-eva_g} COCO=${COCO:-coco} DATA=${DATA:-data_sets} OUT=${OUT:-out/$MODEL}
 WEIGHTS=${WEIGHTS:-weights/$MODEL.safetensors} LAUNCH=${LAUNCH:-torchrun --nproc_per_node 8}
+BLIP2=${BLIP2:-Salesforce} PICTURES=${PICTURES:-$COCO/val2017}
+WANTED=("$@")
+source runs/parts.sh
 M=(--model "$MODEL" --weights "$WEIGHTS")
-LORA=$OUT/visft/lora_005000.safetensors # Sec. 4.2: the paper's default ViSFT, of the checkpoints every 5k steps
+[ "$MODEL" = eva_e ] && CLIP=(--clip EVA02-E-14-plus) || CLIP=(--clip EVA01-g-14)
+CLIP+=(${CLIP_WEIGHTS:+--clip-weights "$CLIP_WEIGHTS"})
+HEADS=$OUT/stage1
 
-run() { # run RESULT NEEDS COMMAND...
-    local result=$1 needs=$2
-    shift 2
-    if [ -e "$result" ]; then
-        echo "== $result: done before"
-    elif [ ! -e "$needs" ]; then
-        echo "== $result: left out, no $needs"
-    else
-        echo "== $result"
-        "$@"
-    fi
-}
-resumed() { [ -e "$1/last.pt" ] && echo --resume || true; } # a stopped training goes on from its checkpoint
-
-# Algorithm 1: the heads on the frozen M. 150k, 150k and 100k steps on 8 GPUs (Sec. 4.2); side by side if you have more
-for task in detection segmentation captioning; do
-    mkdir -p "$OUT/$task"
-    run "$OUT/$task/done" "$COCO" bash -c '"$@" && touch "$0"' "$OUT/$task/done" \
-        $LAUNCH stage1_heads.py --task $task "${M[@]}" --coco "$COCO" --out "$OUT/$task" $(resumed "$OUT/$task")
-done
-
-# Algorithm 2: dW through the frozen heads, 50k steps; 5k of them are enough for $LORA
-run "$OUT/visft/lora_050000.safetensors" "$OUT/captioning/done" \
-    $LAUNCH stage2_lora.py "${M[@]}" --coco "$COCO" --heads "$OUT" --out "$OUT/visft" $(resumed "$OUT/visft")
-
-# Algorithm 3: without and with dW
-for task in detection segmentation captioning; do
-    run "$OUT/eval_$task/result.json" "$LORA" $LAUNCH eval_heads.py --task $task "${M[@]}" --coco "$COCO" \
-        --head "$OUT" --compare "$LORA" --out "$OUT/eval_$task"
-done
-OCR=$DATA/lmdb # clovaai's data_lmdb_release; Table 3
-run "$OUT/ocr/result.json" "$OCR" $LAUNCH eval_ocr.py "${M[@]}" --train "$OCR/training/MJ" "$OCR/training/ST" \
-    --test "$OCR/evaluation" --batch 24 --compare "$LORA" --out "$OUT/ocr" $(resumed "$OUT/ocr/before")
-GOI=$DATA/coco-goi # M3IT's; Table 4
-run "$OUT/goi/result.json" "$GOI" $LAUNCH eval_goi.py "${M[@]}" --train "$GOI/train.jsonl" --val "$GOI/val.jsonl" \
-    --compare "$LORA" --out "$OUT/goi"
-
-[ "$MODEL" = eva_e ] && CLIP=EVA02-E-14-plus || CLIP=EVA01-g-14
-SETS=() FOUND=$DATA/imagenet-1k # Table 5: those of the nine that are there
-for set in imagenet-1k imagenet-a imagenet-r imagenet-sketch eurosat cifar-10 cifar-100 gtsrb caltech-101; do
-    if [ -e "$DATA/$set" ]; then SETS+=(--set "$set=$DATA/$set") FOUND=$DATA/$set; fi
-done
-run "$OUT/classification/result.json" "$FOUND" $LAUNCH eval_zeroshot.py classification --clip $CLIP \
-    ${SETS[@]+"${SETS[@]}"} --compare "$LORA" --out "$OUT/classification"
-for set in coco flickr30k; do # Table 6
-    run "$OUT/retrieval_$set/result.json" "$DATA/dataset_$set.json" $LAUNCH eval_zeroshot.py retrieval --clip $CLIP \
-        --captions "$DATA/dataset_$set.json" --images "$DATA/$set" --compare "$LORA" --out "$OUT/retrieval_$set"
-done
-
-if [ "$MODEL" = eva_g ]; then # Tables 6 to 8 with BLIP-2, whose tower is EVA-ViT-G
-    BLIP2=${BLIP2:-Salesforce/blip2-opt-2.7b}
-    for set in coco flickr30k; do
-        run "$OUT/retrieval_blip2_$set/result.json" "$DATA/dataset_$set.json" $LAUNCH eval_zeroshot.py retrieval \
-            --blip2 Salesforce/blip2-itm-vit-g --captions "$DATA/dataset_$set.json" --images "$DATA/$set" \
-            --compare "$LORA" --out "$OUT/retrieval_blip2_$set"
+# score NAME CHECKPOINTS NEED... -- COMMAND...: COMMAND with the dW of each checkpoint and, beside it, without
+score() {
+    local step lora
+    for step in ${CHECKPOINTS:-$2}; do
+        lora=$OUT/visft/lora_$step.safetensors
+        run "$OUT/$1_$step" "$lora" "${@:3}" --compare "$lora"
     done
-    run "$OUT/vqav2/result.json" "$DATA/vqav2" $LAUNCH eval_vqa.py --blip2 "$BLIP2" --kind vqav2 \
-        --questions "$DATA/vqav2/v2_OpenEnded_mscoco_val2014_questions.json" \
-        --annotations "$DATA/vqav2/v2_mscoco_val2014_annotations.json" --images "$DATA/coco/val2014" \
-        --compare "$LORA" --out "$OUT/vqav2" --resume
-    run "$OUT/nocaps/result.json" "$DATA/nocaps" $LAUNCH eval_caption.py --blip2 "$BLIP2" \
-        --captions "$DATA/nocaps/nocaps_val_4500_captions.json" --images "$DATA/nocaps/images" \
-        --compare "$LORA" --out "$OUT/nocaps" --resume
-fi
+}
+
+parts() {
+    local task set images captions llm opt sets=() found=$DATA/imagenet-1k
+    # Algorithm 1: the heads on the frozen M. 150k, 150k and 100k steps on 8 GPUs (Sec. 4.2); side by side if you have more
+    for task in detection segmentation captioning; do
+        run "$HEADS/$task" "$COCO" -- \
+            $LAUNCH stage1_heads.py --task $task "${M[@]}" --coco "$COCO" ${EXCLUDE:-} --resume
+    done
+    # Algorithm 2: dW through the frozen heads, 50k steps; after 5k it is the paper's default ViSFT
+    run "$OUT/visft" "$COCO" "$HEADS"/{detection,segmentation,captioning}/done -- \
+        $LAUNCH stage2_lora.py "${M[@]}" --coco "$COCO" --heads "$HEADS" ${EXCLUDE:-} --resume
+
+    # In domain, where the paper has no table
+    for task in detection segmentation captioning; do
+        score in_domain_$task 005000 "$COCO/val2017" "$HEADS/$task/done" -- \
+            $LAUNCH eval_heads.py --task $task "${M[@]}" --coco "$COCO" --head "$HEADS"
+    done
+
+    # Algorithm 3
+    if [ "$MODEL" = eva_g ]; then # clovaai's data_lmdb_release; 24 x 8 = 192 words
+        score table3 "005000 015000" "$DATA"/lmdb/{training/MJ,training/ST,evaluation} -- $LAUNCH eval_ocr.py "${M[@]}" \
+            --train "$DATA"/lmdb/training/{MJ,ST} --test "$DATA/lmdb/evaluation" --batch 24 --resume
+    fi
+    score table4 "005000 015000" "$DATA"/coco-goi/{train,val}.jsonl -- $LAUNCH eval_goi.py "${M[@]}" \
+        --train "$DATA/coco-goi/train.jsonl" --val "$DATA/coco-goi/val.jsonl" --cache "$OUT/features" # M3IT's
+
+    for set in imagenet-{a,r,sketch,1k} eurosat cifar-10{,0} gtsrb caltech-101; do # those of the nine that are there
+        if [ -e "$DATA/$set" ]; then
+            sets+=(--set "$set=$DATA/$set") found=$DATA/$set
+        elif wanted table5; then
+            say "$OUT/table5: without $set, no $DATA/$set"
+        fi
+    done
+    score table5 005000 "$found" -- $LAUNCH eval_zeroshot.py classification "${CLIP[@]}" "${sets[@]}"
+
+    for set in coco flickr30k; do
+        captions=$DATA/dataset_$set.json images=$DATA/$set # Karpathy's
+        [ $set = flickr30k ] || images=$COCO
+        score table6_$set "005000 050000" "$captions" "$images" -- $LAUNCH eval_zeroshot.py retrieval "${CLIP[@]}" \
+            --captions "$captions" --images "$images"
+        [ "$MODEL" = eva_g ] || continue # BLIP-2's tower
+        score table6_blip2_$set 005000 "$captions" "$images" -- $LAUNCH eval_zeroshot.py retrieval \
+            --blip2 "$BLIP2/blip2-itm-vit-g" --captions "$captions" --images "$images"
+    done
+    [ "$MODEL" = eva_g ] || return 0
+
+    for llm in ${LLM:-2.7b 6.7b}; do
+        opt=$BLIP2/blip2-opt-$llm
+        vqa vqav2 v2_OpenEnded_mscoco_val2014_questions.json "$COCO" v2_mscoco_val2014_annotations.json
+        vqa okvqa OpenEnded_mscoco_val2014_questions.json "$COCO" mscoco_val2014_annotations.json
+        vqa gqa testdev_balanced_questions.json "$DATA/gqa/images"
+    done
+    for llm in ${LLM:-2.7b}; do
+        score table8_$llm "005000 015000" "$DATA"/nocaps/{nocaps_val_4500_captions.json,images} -- \
+            $LAUNCH eval_caption.py --blip2 "$BLIP2/blip2-opt-$llm" --images "$DATA/nocaps/images" \
+            --captions "$DATA/nocaps/nocaps_val_4500_captions.json" --resume
+    done
+    score figure3 005000 "$PICTURES" -- python visualize.py attention "$PICTURES" --limit 8 "${M[@]}"
+}
+
+vqa() { # vqa KIND QUESTIONS IMAGES [ANNOTATIONS], with the llm and opt of `parts`
+    score table7_$1_$llm "005000 020000" "$DATA/$1/$2" "$3" -- $LAUNCH eval_vqa.py --kind $1 --blip2 "$opt" \
+        --questions "$DATA/$1/$2" --images "$3" ${4:+--annotations "$DATA/$1/$4"} --resume
+}
+
+all parts
