@@ -245,9 +245,10 @@ def backbone_settings(args: argparse.Namespace) -> dict:
     return {"backbone": args.model, "no_cls": args.no_cls, "imagenet_norm": args.imagenet_norm}
 
 
-def open_backbone(args: argparse.Namespace, ranks: Ranks) -> Backbone:
-    """M as the options say, on this rank's device, frozen."""
-    backbone = load(args.model, args.weights, ranks.dtype, ranks.device, args.seed, not args.no_cls)
+def open_backbone(args: argparse.Namespace, ranks: Ranks, dtype: torch.dtype | None = None) -> Backbone:
+    """M as the options say, on this rank's device, frozen; stored in dtype, by default --backbone-dtype."""
+    dtype = dtype or ranks.dtype
+    backbone = load(args.model, args.weights, dtype, ranks.device, args.seed, not args.no_cls)
     if args.imagenet_norm:
         backbone.mean, backbone.std = IMAGENET_NORM
     return backbone

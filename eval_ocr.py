@@ -33,7 +33,7 @@ from backbone import Features, add_backbone_options, backbone_settings, check_ba
 from data import words
 from data.stream import batches, collate
 from heads.ocr import OcrHead, tokens_of
-from ranks import Ranks, gather, launch, start, to_device
+from ranks import Ranks, gather, launch, refuse_unused, start, to_device
 from scores.words import alphanumeric, grade
 
 SIZES = {  # the lists in clovaai's collection; PARSeq's has the same names, relabelled, and no IC03
@@ -79,7 +79,7 @@ def main() -> None:
     evaluation.add_options(p, out="out/ocr", batch=192)  # ViTSTR: 192 over all processes
     add_backbone_options(p)  # --model, --weights, --no-cls, --imagenet-norm
     args = p.parse_args()
-    variants = check_options(args)
+    variants = check_options(args, p)
 
     # --- setup
     ranks = start(args, p)
@@ -126,7 +126,7 @@ def main() -> None:
     evaluation.write_result(args, result, [args.weights, args.lora, *(args.head or [])])
 
 
-def check_options(args: argparse.Namespace) -> list[str]:
+def check_options(args: argparse.Namespace, p: argparse.ArgumentParser) -> list[str]:
     """Refuse what cannot work before anything is loaded; returns the variants to score, in order."""
     variants = evaluation.check_options(args)
     training.check_run_options(args)
@@ -145,9 +145,10 @@ def check_options(args: argparse.Namespace) -> list[str]:
         raise ValueError(f"--size takes a side, or height and width, got {args.size}")
     if args.head:
         check_heads(args, variants)
-    for path in (Path(args.out) / variant / "last.pt" for variant in variants):
-        if path.exists() and not (args.resume or args.head):
-            raise ValueError(f"{path.parent} holds a run: pass --resume to go on with it, or another --out")
+        names = "cache charset width iters lr warmup resume save_every log_every skip_bad_images"
+        refuse_unused(args, p, names, "with --head: nothing is trained")
+    for variant in variants if not args.head else ():
+        training.check_new(args, Path(args.out) / variant)
     return variants
 
 
@@ -183,8 +184,8 @@ def train(args, variant: str, backbone, stream: words.WordStream, ranks: Ranks) 
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=ranks.dtype == torch.float16)
 
     header = {"size": args.size, "lora": lora_hash(args, variant), **backbone_settings(args)}
-    data = {"words": stream.fingerprint, "lora": header["lora"]}
-    run = training.Checkpoint(out, args, trained, optimizer, scaler, data, MAY_CHANGE)
+    made_of = {"words": stream.fingerprint, "dW": header["lora"], "M": files.fingerprint(args.weights)}
+    run = training.Checkpoint(out, args, trained, optimizer, scaler, made_of, MAY_CHANGE)
     first = run.load() if args.resume else 0
     log = training.Log(out, first, args.iters, args.log_every)
     features = frozen_features(args, variant, backbone, stream, ranks, first)

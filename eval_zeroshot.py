@@ -26,7 +26,7 @@ from tqdm import tqdm
 import evaluation
 from data import zeroshot
 from data.pictures import Pictures, collate
-from ranks import Ranks, gather, launch, start
+from ranks import Ranks, gather, launch, refuse_unused, start
 from scores.ranking import TOP, Cosines, accuracy, classify, recall
 
 
@@ -142,6 +142,7 @@ def retrieval(args: argparse.Namespace, options: argparse.ArgumentParser, varian
     """Table 6, upper half: the caption of an image and the image of a caption."""
     from clip import Clip, cached_texts, check_clip
 
+    refuse_unused(args, options, "rerank", "with --clip: only BLIP-2 ranks again")
     config = check_clip(args)
 
     # --- setup
@@ -182,8 +183,7 @@ def retrieval_with_blip2(args, options: argparse.ArgumentParser, variants: list[
     """Table 6, lower half: by ITC alone, then with the K best of every ranking ranked again by ITM + ITC."""
     import blip2  # transformers
 
-    if args.clip_weights:
-        raise ValueError("--clip-weights goes with --clip; --blip2 has its weights")
+    refuse_unused(args, options, "clip_weights text_cache", "with --blip2, which has its weights and texts")
     if args.rerank < 1:
         raise ValueError(f"--rerank must be at least 1, got {args.rerank}")
     blip_config = blip2.read_config(args.blip2, retrieval=True)

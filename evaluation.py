@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import files
 import lora
-from ranks import Ranks, add_process_options, loader_processes, provenance
+from ranks import Ranks, add_process_options, check_process_options, provenance
 
 # --- options
 
@@ -41,9 +41,8 @@ def check_options(args: argparse.Namespace) -> list[str]:
 
     Leaves the LoRA file, or None, in args.lora. Raises ValueError, FileNotFoundError.
     """
-    if args.workers is None:
-        args.workers = loader_processes()
-    for name, least in dict(batch=1, limit=1, workers=0, seed=0).items():
+    check_process_options(args)
+    for name, least in dict(batch=1, limit=1).items():
         value = getattr(args, name)
         if value is not None and value < least:
             raise ValueError(f"--{name} must be at least {least}, got {value}")

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import math
 import os
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -42,8 +44,7 @@ def features(
     part = [None]
     if ranks.rank == 0 and not complete(path, shape):
         part = [path.with_suffix(f".{os.getpid()}.tmp")]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.lib.format.open_memmap(part[0], "w+", np.float32, shape).flush()
+        reserve(part[0], shape)
     dist.broadcast_object_list(part)  # None if there is nothing to do
     if part[0]:
         rows = np.lib.format.open_memmap(part[0], "r+")
@@ -62,6 +63,26 @@ def features(
             path.with_suffix(".json").write_text(json.dumps(key, indent=1))
         dist.barrier()
     return np.load(path, mmap_mode="r")
+
+
+def reserve(path: Path, shape: tuple[int, ...]) -> None:
+    """An .npy of zeros that has its place on the disk: to be told of a full disk now, not by a SIGBUS later.
+
+    Raises OSError with the size if there is no room for it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    need, free = 4 * math.prod(shape), shutil.disk_usage(path.parent).free
+    if free < need:
+        has = f"the disk has {free / 1e9:.1f} GB"
+        raise OSError(f"{path.parent}: features {shape} take {need / 1e9:.1f} GB, {has}: see --cache")
+    try:
+        np.lib.format.open_memmap(path, "w+", np.float32, shape).flush()
+        with open(path, "rb+") as file:
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                os.posix_fallocate(file.fileno(), 0, file.seek(0, os.SEEK_END))
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise OSError(f"{path}: no room for features of {need / 1e9:.1f} GB: {error}") from error
 
 
 def complete(path: Path, shape: tuple[int, ...]) -> bool:

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+SEEDS = 2**63  # --seed is below
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -35,7 +36,8 @@ class Ranks:
 
     def seed(self, seed: int, step: int) -> None:
         """What follows depends on these alone. Call it after fetching data: a new loader draws numbers."""
-        torch.manual_seed((seed << 40) + step * self.world + self.rank)
+        far = (seed << 40 | seed >> 24) + step * self.world + self.rank  # any two seeds are 2^40 steps apart
+        torch.manual_seed(far % 2**64)
 
     def free_memory(self) -> float:
         """Bytes of this rank's GPU that a step may take, less a part for fragments; none on a CPU."""
@@ -63,6 +65,23 @@ def loader_processes(tasks: int = 1) -> int:
     """What --workers is if it is not given: two a task, fewer where this machine's ranks have fewer cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(2, cores // (tasks * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))))
+
+
+def check_process_options(args: argparse.Namespace, tasks: int = 1) -> None:
+    """Fill in the default of --workers. Raises ValueError."""
+    if args.workers is None:
+        args.workers = loader_processes(tasks)
+    if args.workers < 0:
+        raise ValueError(f"--workers must be at least 0, got {args.workers}")
+    if not 0 <= args.seed < SEEDS:
+        raise ValueError(f"--seed must be at least 0 and below 2^63, got {args.seed}")
+
+
+def refuse_unused(args: argparse.Namespace, p: argparse.ArgumentParser, names: str, why: str) -> None:
+    """Raises ValueError if one of the options `names` is given that has no effect, and why."""
+    for name in names.split():
+        if getattr(args, name) != p.get_default(name):
+            raise ValueError(f"--{name.replace('_', '-')} has no effect {why}")
 
 
 def start(args: argparse.Namespace, options: argparse.ArgumentParser) -> Ranks:
@@ -116,8 +135,14 @@ def provenance() -> dict:
 
 
 def launch(main: Callable[[], None]) -> None:
-    """Run a script's main and leave the group cleanly. The user's errors are one line and exit code 2."""
-    code = 1
+    """Run a script's main and leave the group cleanly. The user's errors are one line and exit code 2.
+
+    A rank with an error leaves at once, without a word to the others, which may be waiting for it in a
+    collective. With gloo that fails then, as the connection is closed. With NCCL they go on waiting for their
+    GPUs, but torchrun sees a rank end and sends the others SIGTERM, which ends them wherever they wait: no
+    watchdog is needed. destroy_process_group after an error would wait for collectives that never end.
+    """
+    code, line = 1, None
     try:
         main()  # its DDP wrappers go when it returns: gloo can abort at exit if they outlive the group
         if dist.is_initialized():
@@ -126,24 +151,40 @@ def launch(main: Callable[[], None]) -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         where = traceback.extract_tb(error.__traceback__)[-1].filename
         if not Path(where).is_relative_to(Path(__file__).parent) or ".venv" in where:
+            leave(traceback.format_exc())
             raise
-        code = 2
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
+        code, line = 2, str(error)
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):  # torch raises it wherever the script happens to be
+        if "DataLoader worker" in str(error):  # torch raises it wherever the script happens to be
+            line = f"a loader process died, perhaps for lack of memory (see --workers): {error}"
+        elif "Connection closed by peer" in str(error) or "Connection reset by peer" in str(error):
+            line = "another rank has ended: see what it said"
+        else:
+            leave(traceback.format_exc())
             raise
         code = 2
-        why = "a loader process died, perhaps for lack of memory (see --workers)"
-        print(f"{Path(sys.argv[0]).name}: {why}: {error}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
-        code = 130
-        why = "interrupted; if the script has --resume, that goes on from what is saved"
-        print(f"{Path(sys.argv[0]).name}: {why}", file=sys.stderr, flush=True)
-    finally:
-        gc.collect()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        code, line = 130, "interrupted; if the script has --resume, that goes on from what is saved"
+    except Exception:
+        leave(traceback.format_exc())
+        raise
+    if line:
+        line = f"{Path(sys.argv[0]).name}: {line}"
+        leave(line, code)
+        print(line, file=sys.stderr, flush=True)
+    gc.collect()
+    if dist.is_initialized():
+        dist.destroy_process_group()
     sys.exit(code)
+
+
+def leave(words: str, code: int = 1) -> None:
+    """End this process, if there are others, now: what Python does at exit could wait for them."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        print(words, file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def to_device(item, device: torch.device):
@@ -155,10 +196,15 @@ def to_device(item, device: torch.device):
     return type(item)(to_device(v, device) for v in item) if isinstance(item, list | tuple) else item
 
 
-def gather(mine: dict) -> dict:
-    """Every rank's {item: answer} together, in the items' order, on every rank."""
+def gather(mine: dict, everywhere: bool = True) -> dict:
+    """Every rank's {item: answer} together, in the items' order, on every rank or on the first alone."""
     parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, mine)
+    if everywhere:
+        dist.all_gather_object(parts, mine)
+    else:
+        dist.gather_object(mine, parts if dist.get_rank() == 0 else None)
+        if dist.get_rank() > 0:
+            return {}
     joined = {item: answer for part in parts for item, answer in part.items()}
     assert len(joined) == sum(map(len, parts)), "an item was answered on two ranks"
     return dict(sorted(joined.items()))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+import files
 import tasks
 import training
 from backbone import add_backbone_options, backbone_settings, check_backbone_options, open_backbone
@@ -67,8 +68,8 @@ def main() -> None:
 
     # --- resume
     state = head.state_dict()  # also what is not trained by gradient: running means
-    fingerprint = dataset.fingerprint
-    run = training.Checkpoint(out, args, state, optimizer, scaler, fingerprint, training.MAY_CHANGE)
+    made_of = {"data": dataset.fingerprint, "M": files.fingerprint(args.weights)}
+    run = training.Checkpoint(out, args, state, optimizer, scaler, made_of, training.MAY_CHANGE)
     first = run.load() if args.resume else 0
     log = training.Log(out, first, args.iters, args.log_every)
     log.say(dataset.notes)

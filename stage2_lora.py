@@ -22,7 +22,7 @@ import tasks
 import training
 from backbone import add_backbone_options, backbone_settings, check_backbone_options, open_backbone
 from data.stream import batches
-from ranks import add_process_options, launch, start, to_device
+from ranks import add_process_options, launch, refuse_unused, start, to_device
 
 DEFAULT = ["detection", "segmentation", "captioning"]  # of --tasks; Table 12, first row
 
@@ -56,6 +56,8 @@ def main() -> None:
     args.batch = task_batches(args.tasks, args.batch)
     training.check_options(args)
     check_backbone_options(args)
+    if args.full:
+        refuse_unused(args, p, "rank lora_alpha", "with --full, which tunes all of M")
     if args.rank < 1 or not args.lora_alpha > 0 or not args.head_lr_ratio >= 0:
         raise ValueError("--rank must be at least 1, --lora-alpha positive, --head-lr-ratio at least 0")
     if args.checkpoint_blocks != "auto" and not args.checkpoint_blocks.isdecimal():
@@ -72,7 +74,8 @@ def main() -> None:
     datasets = {task: tasks.open_stream(task, args) for task in args.tasks}
 
     # --- model
-    backbone = open_backbone(args, ranks)
+    # What trains is fp32; with --full that is M, which 16 bit would round back to where it was
+    backbone = open_backbone(args, ranks, torch.float32 if args.full else ranks.dtype)
     heads = {task: tasks.load_head(path, backbone.dim).to(ranks.device) for task, path in head_files.items()}
     for task, dataset in datasets.items():
         tasks.check_classes(heads[task], dataset.classes, head_files[task])
@@ -106,9 +109,11 @@ def main() -> None:
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=ranks.dtype == torch.float16)
 
     # --- resume
-    fingerprints = {task: dataset.fingerprint for task, dataset in datasets.items()}
+    made_of = {f"{task} data": dataset.fingerprint for task, dataset in datasets.items()}
+    made_of |= {f"{task} head": files.fingerprint(path) for task, path in head_files.items()}
+    made_of |= {"M": files.fingerprint(args.weights)}
     may_change = training.MAY_CHANGE | {"checkpoint_blocks"}  # the same numbers, bit for bit
-    run = training.Checkpoint(out, args, trained, optimizer, scaler, fingerprints, may_change)
+    run = training.Checkpoint(out, args, trained, optimizer, scaler, made_of, may_change)
     first = run.load() if args.resume else 0
     log = training.Log(out, first, args.iters, args.log_every)
     log.say(sorted({note for dataset in datasets.values() for note in dataset.notes}))

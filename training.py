@@ -20,10 +20,11 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import files
-from ranks import loader_processes
+from ranks import check_process_options
 
 CLIP_GRAD = 0.1  # L2 norm over all trained parameters; not in the paper; the authors' release
 WEIGHT_DECAY = 1e-4  # the authors' release
+CHECKPOINTS = ("last.pt", "previous.pt")  # in a run's folder, the newest first
 # Options of both stages that may differ between a run and its resumption
 MAY_CHANGE = {"out", "resume", "coco", "captions", "workers", "log_every", "save_every", "exclude_images"}
 MAY_CHANGE |= {"skip_bad_images"}  # what stopped a run is passed over when it goes on
@@ -62,8 +63,7 @@ def add_run_options(run) -> None:
 
 def check_options(args: argparse.Namespace) -> None:
     """Refuse impossible values and missing files before anything is loaded."""
-    if args.workers is None:
-        args.workers = loader_processes(len(args.tasks) if "tasks" in args else 1)
+    check_process_options(args, len(args.tasks) if "tasks" in args else 1)
     check_run_options(args)
     if args.min_count < 1:
         raise ValueError(f"--min-count must be at least 1, got {args.min_count}")
@@ -73,17 +73,23 @@ def check_options(args: argparse.Namespace) -> None:
         raise ValueError(f"--image-scale must be in (0, 2], got {args.image_scale}")
     if args.exclude_images and not Path(args.exclude_images).is_file():
         raise FileNotFoundError(f"--exclude-images {args.exclude_images}: no such file")
-    if not args.resume and (Path(args.out) / "last.pt").exists():
-        raise ValueError(f"--out {args.out} holds a run: pass --resume to go on with it, or another --out")
+    check_new(args, args.out)
 
 
 def check_run_options(args: argparse.Namespace) -> None:
-    for name, least in dict(iters=1, warmup=0, seed=0, save_every=1, log_every=1, workers=0).items():
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    for name, least in dict(iters=1, warmup=0, save_every=1, log_every=1).items():
+        if getattr(args, name) < least:
+            raise ValueError(
+                f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}"
+            )
     if not (args.lr > 0 and math.isfinite(args.lr)):
         raise ValueError(f"--lr must be positive, got {args.lr}")
+
+
+def check_new(args: argparse.Namespace, out: str | Path) -> None:
+    """Raises ValueError if a run's folder has a checkpoint, whole or not, and --resume is not given."""
+    if not args.resume and any((Path(out) / name).exists() for name in CHECKPOINTS):
+        raise ValueError(f"--out {out} holds a run: pass --resume to go on with it, or another --out")
 
 
 # --- ranks
@@ -109,8 +115,13 @@ def learning_rate(step: int, peak: float, warmup: int, iters: int) -> float:
 
 
 def sharded_adamw(groups: list[dict]) -> OSS:
-    """AdamW, its state spread over the ranks (ZeRO). broadcast_fp16 would round the weights at every step."""
-    return OSS(groups, torch.optim.AdamW, lr=0.0, weight_decay=WEIGHT_DECAY, broadcast_fp16=False)
+    """AdamW, its state spread over the ranks (ZeRO). broadcast_fp16 would round the weights at every step.
+
+    When its state is put together, tensors travel as torch.save writes them and are loaded onto the rank's
+    own device; pickled, as by default, each would open a context on the GPU of the rank it came from.
+    """
+    exchange = dict(broadcast_fp16=False, force_broadcast_object=True)
+    return OSS(groups, torch.optim.AdamW, lr=0.0, weight_decay=WEIGHT_DECAY, **exchange)
 
 
 def minimize(loss: Tensor, optimizer: OSS, scaler: torch.amp.GradScaler) -> Tensor:
@@ -134,7 +145,8 @@ def minimize(loss: Tensor, optimizer: OSS, scaler: torch.amp.GradScaler) -> Tens
 class Checkpoint:
     """OUT/last.pt: what trains, optimizer, scaler, step and options, as tensors and JSON values only.
 
-    trained: by name; data: identifies the training data; may_change: options that a resumption may change
+    trained: by name; made_of: identifies the data, M and the heads; may_change: options that a resumption may
+    change
     """
 
     out: Path
@@ -142,7 +154,7 @@ class Checkpoint:
     trained: dict[str, Tensor]
     optimizer: OSS
     scaler: torch.amp.GradScaler
-    data: str | dict
+    made_of: dict
     may_change: set[str]
 
     def save(self, step: int) -> None:
@@ -201,7 +213,7 @@ class Checkpoint:
     def newest(self) -> tuple[Path | None, dict | None, list[str]]:
         """The newest checkpoint that can be read, what it holds, and what is damaged."""
         damaged = []
-        for path in (self.out / "last.pt", self.out / "previous.pt"):
+        for path in (self.out / name for name in CHECKPOINTS):
             try:
                 with zipfile.ZipFile(path) as file:
                     if broken := file.testzip():  # torch.load reads past changed bytes
@@ -221,7 +233,7 @@ class Checkpoint:
             options["batch"] = {task: n * world for task, n in batch.items()}
         else:
             options["batch"] = batch * world
-        return {**options, "data": self.data}
+        return {**options, **self.made_of}
 
 
 # --- log

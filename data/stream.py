@@ -31,11 +31,12 @@ class Stream(Dataset):
 
     def choose(self, seed: int, fraction: float, exclude: set[int], skip_bad: bool) -> None:
         """Fix which images are used: a seeded part of those not excluded. Raises ValueError if none is."""
-        rows = np.flatnonzero(~np.isin(self.ids, list(exclude)))
-        if len(rows) < len(self.ids):
-            self.notes.append(f"{len(self.ids) - len(rows)} images excluded, {len(rows)} left")
-        chosen = np.random.default_rng(seed).permutation(len(rows))[: round(fraction * len(rows))]  # Table 10
-        self.rows = rows[np.sort(chosen)]
+        images = np.unique(self.ids)  # of pose, an image has a row for each of its persons
+        left = images[~np.isin(images, list(exclude))]
+        if len(left) < len(images):
+            self.notes.append(f"{len(images) - len(left)} images excluded, {len(left)} left")
+        chosen = np.random.default_rng(seed).permutation(len(left))[: round(fraction * len(left))]  # Table 10
+        self.rows = np.flatnonzero(np.isin(self.ids, left[chosen]))
         if not len(self.rows):
             raise ValueError(f"{self.folder}: no image left (fraction {fraction}, {len(exclude)} excluded)")
         self.seed, self.skip_bad, self.epoch = seed, skip_bad, -1

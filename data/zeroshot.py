@@ -78,7 +78,8 @@ def open_set(name: str, folder: str, limit: int | None = None) -> Benchmark:
             "away, or call the set otherwise and put a names.json beside them"
         )
     target = torch.tensor([classes[_key(key)] for key in keys])
-    absent = [n for i, n in enumerate(names) if i not in set(target.tolist())]
+    present = set(target.tolist())
+    absent = [n for i, n in enumerate(names) if i not in present]
     notes = [f"{name}: {len(images)} images, {len(names)} classes"]
     if absent:
         shown = ", ".join(absent[:5]) + (", ..." if len(absent) > 5 else "")
