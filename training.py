@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import files
-from ranks import check_process_options
+from ranks import check_process_options, to_device
 
 CLIP_GRAD = 0.1  # L2 norm over all trained parameters; not in the paper; the authors' release
 WEIGHT_DECAY = 1e-4  # the authors' release
@@ -115,13 +115,19 @@ def learning_rate(step: int, peak: float, warmup: int, iters: int) -> float:
 
 
 def sharded_adamw(groups: list[dict]) -> OSS:
-    """AdamW, its state spread over the ranks (ZeRO). broadcast_fp16 would round the weights at every step.
+    """AdamW, its state spread over the ranks (ZeRO). broadcast_fp16 would round the weights at every step."""
+    optimizer = OSS(groups, torch.optim.AdamW, lr=0.0, weight_decay=WEIGHT_DECAY, broadcast_fp16=False)
+    # When the state is put together it goes to others pickled. A pickled CUDA tensor comes back on the GPU
+    # that it was on, where each rank would open a context of its own for it
+    optimizer.optim.register_state_dict_post_hook(lambda _, state: on_host(state))
+    return optimizer
 
-    When its state is put together, tensors travel as torch.save writes them and are loaded onto the rank's
-    own device; pickled, as by default, each would open a context on the GPU of the rank it came from.
-    """
-    exchange = dict(broadcast_fp16=False, force_broadcast_object=True)
-    return OSS(groups, torch.optim.AdamW, lr=0.0, weight_decay=WEIGHT_DECAY, **exchange)
+
+def on_host(state: dict) -> dict:
+    state = to_device(state, torch.device("cpu"))
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # to_device does not wait
+    return state
 
 
 def minimize(loss: Tensor, optimizer: OSS, scaler: torch.amp.GradScaler) -> Tensor:
