@@ -254,6 +254,19 @@ def open_backbone(args: argparse.Namespace, ranks: Ranks, dtype: torch.dtype | N
     return backbone
 
 
+def pretrained_file(name: str) -> str | None:
+    """timm's weights on the hub, downloaded if need be, to be mapped; None where timm has them elsewhere."""
+    import timm
+    from huggingface_hub import hf_hub_download
+
+    register_models()
+    timm_name = TIMM_NAMES.get(name, name)
+    config = timm.get_pretrained_cfg(timm_name) if timm.is_model(timm_name) else None
+    if not config or not (config.hf_hub_id or "").startswith("timm/") or config.custom_load:
+        return None
+    return hf_hub_download(config.hf_hub_id, config.hf_hub_filename or "model.safetensors")
+
+
 def load(name: str, weights: str, dtype=torch.float32, device="cpu", seed: int = 0, use_cls=True) -> Backbone:
     """A frozen Backbone with its weights.
 
@@ -262,8 +275,14 @@ def load(name: str, weights: str, dtype=torch.float32, device="cpu", seed: int =
     dtype: how the frozen weights are stored
     Raises FileNotFoundError, or ValueError naming weights that are missing, unexpected or of another shape.
     """
+    if weights == "pretrained" and (file := pretrained_file(name)):
+        try:
+            return load(name, file, dtype, device, seed, use_cls)
+        except ValueError:  # it has a pooling or a norm that only timm knows how to leave out
+            pass
     if weights in ("random", "pretrained"):
-        with torch.random.fork_rng(devices=[]):
+        on_gpu = [device] if torch.device(device).type == "cuda" else []
+        with torch.random.fork_rng(devices=on_gpu), torch.device(device):  # not on the host of eight ranks
             torch.manual_seed(seed)
             backbone = Backbone(name, use_cls, pretrained=weights == "pretrained")
         return backbone.to(device=device, dtype=dtype)
