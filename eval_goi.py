@@ -26,7 +26,6 @@ import evaluation
 import feature_cache
 import files
 from backbone import add_backbone_options, check_backbone_options, open_backbone
-from data import goi
 from ranks import launch, start
 
 # Of the probe; not in the paper. The learning rate that is best on a tenth of the training part is taken
@@ -53,6 +52,8 @@ def main() -> None:
     ranks = start(args, p)
 
     # --- data
+    from data import goi  # torchvision: a second that --help need not wait
+
     size = (args.size, args.size)
     if args.coco:
         splits = "train2017", "val2017"

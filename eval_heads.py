@@ -21,7 +21,6 @@ import files
 import tasks
 from backbone import add_backbone_options, backbone_settings, check_backbone_options, open_backbone
 from data.coco import annotation_file, read_json
-from data.validation import open_items
 from ranks import gather, launch, start, to_device
 
 
@@ -56,6 +55,8 @@ def main() -> None:
     ranks = start(args, p)
 
     # --- data
+    from data.validation import open_items  # torchvision: a second that --help need not wait
+
     items = open_items(args.task, args)
     ranks.say(*items.notes)
 

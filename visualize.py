@@ -13,15 +13,15 @@ image and task, at the sizes of eval_heads.py. curves: every loss of a log.jsonl
 import argparse
 import itertools
 import json
+from functools import cache
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchvision.transforms.v2 import functional as TF
 
 import evaluation
+import files
 import lora
 import tasks
 from backbone import (
@@ -32,14 +32,9 @@ from backbone import (
     check_backbone_options,
     load,
 )
-from data.persons import PersonBoxes
-from data.pose import person_crop
-from data.validation import Images, prepare
-from heads.coco_results import oks_nms
 from ranks import launch, to_device
 
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-COLORS = plt.get_cmap("tab10").colors
 BONES = [  # between COCO's keypoints
     *(f"left_{a} left_{b}" for a, b in (("shoulder", "elbow"), ("elbow", "wrist"), ("shoulder", "hip"))),
     *(f"left_{a} left_{b}" for a, b in (("hip", "knee"), ("knee", "ankle"), ("eye", "ear"))),
@@ -88,7 +83,7 @@ def main() -> None:
     if args.kind == "curves":
         return curves(args.logs, args.out)
     check_options(args)
-    files = find_images(args.images)[: args.limit]
+    pictures = find_images(args.images)[: args.limit]
 
     # --- model
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -101,9 +96,9 @@ def main() -> None:
     # --- loop
     args.out.mkdir(parents=True, exist_ok=True)
     if args.kind == "attention":
-        attention(backbone, set_M, variants, files, args)
+        attention(backbone, set_M, variants, pictures, args)
     else:
-        predict(backbone, set_M, variants, files, args)
+        predict(backbone, set_M, variants, pictures, args)
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -154,14 +149,16 @@ def cls_attention(backbone: Backbone, images: Tensor) -> Tensor:
     return seen[0][:, :, 0, -H * W :].float().unflatten(-1, (H, W))
 
 
-def attention(backbone: Backbone, set_M, variants: list[str], files: list[Path], args) -> None:
+def attention(backbone: Backbone, set_M, variants: list[str], pictures: list[Path], args) -> None:
     """NAME.npz and NAME.png for each file: a row for each variant, the mean and then each attention head."""
     if not backbone.has_cls:
         raise ValueError(f"--model {args.model}{' --no-cls' * args.no_cls}: there is no [CLS] to look from")
+    from torchvision.transforms.v2 import functional as TF
+
     side = args.size or backbone.vit.patch_embed.img_size[0]
     if side % backbone.patch:
         raise ValueError(f"--size {side}: must be a multiple of the patch, {backbone.patch}")
-    for path in files:
+    for path in pictures:
         pixels = TF.resize(files.read_picture(path), [side, side], antialias=True)
         image = TF.normalize(TF.to_dtype(pixels, scale=True), backbone.mean, backbone.std)
         maps = {}
@@ -192,6 +189,8 @@ def save_attention(pixels: Tensor, maps: dict[str, np.ndarray], out: Path) -> No
 
 def panels(pixels: Tensor, variants: list[str], columns: int, width: float, height: float):
     """Axes, a row for each variant with the picture before `columns` more; the extent of what covers it."""
+    import matplotlib.pyplot as plt  # here and below: a second that --help need not wait
+
     size = (width * (columns + 1), height * len(variants))
     _, axes = plt.subplots(len(variants), columns + 1, figsize=size, squeeze=False, layout="constrained")
     for axis, variant in zip(axes[:, 0], variants, strict=True):
@@ -201,6 +200,8 @@ def panels(pixels: Tensor, variants: list[str], columns: int, width: float, heig
 
 
 def finish(axes: np.ndarray, out: Path) -> None:
+    import matplotlib.pyplot as plt
+
     for axis in axes.flat:
         axis.axis("off")
     plt.savefig(out, dpi=130)
@@ -208,16 +209,25 @@ def finish(axes: np.ndarray, out: Path) -> None:
     print(out, flush=True)
 
 
+@cache
+def colors() -> tuple[tuple[float, float, float], ...]:
+    import matplotlib.pyplot as plt
+
+    return plt.get_cmap("tab10").colors
+
+
 # --- predictions
 
 
-def predict(backbone: Backbone, set_M, variants: list[str], files: list[Path], args) -> None:
+def predict(backbone: Backbone, set_M, variants: list[str], pictures: list[Path], args) -> None:
     """NAME_TASK.png for each file and task: the picture with the answers, one column for each variant."""
+    from data.validation import prepare
+
     persons = read_persons(args.persons) if args.persons else None
     for task in args.tasks:
         path = tasks.find_head(args.heads, task, backbone_settings(args))
         head = tasks.load_head(path, backbone.dim).to(next(backbone.parameters()).device)
-        for file in files:
+        for file in pictures:
             pixels, answers = files.read_picture(file), {}
             if task == "pose":
                 samples = crops(pixels, file, persons, backbone.patch, args.image_scale)
@@ -237,6 +247,10 @@ def predict(backbone: Backbone, set_M, variants: list[str], files: list[Path], a
 @torch.no_grad()
 def answer(backbone: Backbone, head: nn.Module, task: str, samples: list[tuple[Tensor, dict]]) -> dict:
     """What a head says of one image, or of the crops of its persons."""
+    from data.persons import PersonBoxes
+    from data.validation import Images
+    from heads.coco_results import oks_nms
+
     if not samples:
         return {"persons": []}
     collate = PersonBoxes.collate if task == "pose" else Images.collate
@@ -262,6 +276,8 @@ def read_persons(path: Path) -> dict[int, list[tuple[list[float], float]]]:
 
 def crops(pixels: Tensor, file: Path, persons: dict | None, patch: int, scale: float) -> list[tuple]:
     """What the pose head is to see of each person. Raises ValueError if the file's name is no image id."""
+    from data.pose import person_crop
+
     if persons is None:
         boxes = [((0, 0, pixels.shape[2], pixels.shape[1]), 1.0)]
     elif file.stem.isdecimal():
@@ -276,6 +292,8 @@ def crops(pixels: Tensor, file: Path, persons: dict | None, patch: int, scale: f
 
 def save_answers(pixels: Tensor, answers: dict, categories: list[dict], sure: float, out: Path) -> None:
     """Boxes, masks, a panoptic map or keypoints over the picture, which stands on the left."""
+    import matplotlib.pyplot as plt
+
     h, w = pixels.shape[1:]
     _, axes = plt.subplots(
         1,
@@ -299,14 +317,16 @@ def save_answers(pixels: Tensor, answers: dict, categories: list[dict], sure: fl
 
 def draw_objects(axis, answer: dict, categories: list[dict], sure: float) -> str:
     """Boxes or masks with their class and score, of those that are at least `sure`."""
+    from matplotlib.patches import Rectangle
+
     kept = (answer["scores"] >= sure).nonzero()[:, 0].tolist()
     for i in kept:
-        label, color = int(answer["labels"][i]), COLORS[int(answer["labels"][i]) % len(COLORS)]
+        label = int(answer["labels"][i])
+        color = colors()[label % len(colors())]
         if "boxes_xyxy" in answer:
             x0, y0, x1, y1 = answer["boxes_xyxy"][i].tolist()
-            axis.add_patch(
-                plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=color, linewidth=1.5)
-            )
+            size = x1 - x0, y1 - y0
+            axis.add_patch(Rectangle((x0, y0), *size, fill=False, edgecolor=color, linewidth=1.5))
         else:
             mask = answer["masks"][i].cpu().numpy()
             tint = np.zeros((*mask.shape, 4), np.float32)
@@ -325,7 +345,7 @@ def draw_segments(axis, answer: dict, categories: list[dict]) -> str:
     for k, info in enumerate(answer["segments_info"]):
         mask = segments == info["id"]
         tint = np.zeros((*mask.shape, 4), np.float32)
-        tint[mask] = (*COLORS[k % len(COLORS)], 0.6)
+        tint[mask] = (*colors()[k % len(colors())], 0.6)
         axis.imshow(tint)
         rows, columns = np.nonzero(mask)
         axis.text(np.median(columns), np.median(rows), names[info["category_id"]], fontsize=7, color="white")
@@ -335,7 +355,7 @@ def draw_segments(axis, answer: dict, categories: list[dict]) -> str:
 def draw_persons(axis, persons: list[dict], names: list[str], sure: float) -> str:
     """Keypoints that are at least `sure`, and the bones between them."""
     count = 0
-    for person, color in zip(persons, itertools.cycle(COLORS)):
+    for person, color in zip(persons, itertools.cycle(colors())):
         kept = {
             n: (x, y)
             for n, (x, y, score) in zip(names, person["keypoints"].tolist(), strict=True)
@@ -369,6 +389,8 @@ def save_caption(pixels: Tensor, answers: dict, vocabulary: list[str], out: Path
 
 def curves(logs: list[Path], out: Path) -> None:
     """curves.png: one panel for each log, one line for each `TASK/loss` in it."""
+    import matplotlib.pyplot as plt
+
     rows = [read_log(path) for path in logs]
     _, axes = plt.subplots(1, len(logs), figsize=(4.5 * len(logs), 3.2), squeeze=False, layout="constrained")
     for axis, path, lines in zip(axes[0], logs, rows, strict=True):

@@ -1,9 +1,11 @@
-"""Fixtures: the real COCO sample where it is present, a made-up world, scripts run here and on ranks."""
+"""Fixtures: the real data where they are, a made-up world and its head, scripts run here and on ranks."""
 
 import gc
 import importlib
+import json
 import multiprocessing
 import os
+import shutil
 import socket
 import sys
 import time
@@ -12,10 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import common
 from demo import world
+from ranks import launch
+from tests.stages import ROOT, stage1
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+SHARED = Path(os.environ.get("VISFT_DATA") or ROOT.parent / "shared" / "data")  # the real data
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
 
 
@@ -28,20 +31,23 @@ def pytest_unconfigure():
     gc.unfreeze()
 
 
+def real(name: str) -> Path:
+    """A folder or file of the real data; skips the test where it is not."""
+    if not (SHARED / name).exists():
+        pytest.skip(f"needs {name} of the real data, which is not in {SHARED} (VISFT_DATA)")
+    return SHARED / name
+
+
 @pytest.fixture(scope="session")
 def real_coco() -> Path:
     """50 + 50 real COCO images with their annotations."""
-    if not (SHARED / "coco").is_dir():
-        pytest.skip("needs ../shared/data/coco, which is not here")
-    return SHARED / "coco"
+    return real("coco")
 
 
 @pytest.fixture(scope="session")
 def real_ocr() -> Path:
     """284 real word crops with a gt.txt."""
-    if not (SHARED / "ocr").is_dir():
-        pytest.skip("needs ../shared/data/ocr, which is not here")
-    return SHARED / "ocr"
+    return real("ocr")
 
 
 @pytest.fixture(scope="session")
@@ -54,13 +60,43 @@ def scenes(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def broken(scenes, tmp_path):
+    """broken(change) -> a copy of the made-up world whose instances JSON went through change(content).
+
+    A text that `change` returns is written in its place. kind: of the annotation file
+    """
+
+    def copy(change=lambda content: None, kind: str = "instances") -> Path:
+        folder = tmp_path / "coco"
+        shutil.copytree(scenes, folder)
+        path = folder / "annotations" / f"{kind}_train2017.json"
+        content = json.loads(path.read_text())
+        text = change(content)
+        path.write_text(text if isinstance(text, str) else json.dumps(content))
+        return folder
+
+    return copy
+
+
+@pytest.fixture(scope="session")
+def head(scenes, tmp_path_factory) -> Path:
+    """The folder of a detection head of the made-up world, hardly trained."""
+    out = tmp_path_factory.mktemp("head")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["stage1_heads.py", *map(str, stage1(scenes, out))])
+        with pytest.raises(SystemExit, match="0"):
+            launch(importlib.import_module("stage1_heads").main)
+    return out
+
+
+@pytest.fixture
 def run(monkeypatch, capfd):
     """run("stage1_heads", "--task", ...) -> exit code, stdout, stderr, of main() as a script runs it."""
 
     def run_script(script: str, *options) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, options)])
         with pytest.raises(SystemExit) as stop:
-            common.launch(importlib.import_module(script).main)
+            launch(importlib.import_module(script).main)
         out, err = capfd.readouterr()
         return stop.value.code, out, err
 
@@ -74,7 +110,7 @@ def _rank(rank: int, env: dict, script: str, options: tuple, said: Path) -> None
         os.dup2(sys.stdout.fileno(), descriptor)
     os.environ.update(env, RANK=str(rank), LOCAL_RANK=str(rank))
     sys.argv = [f"{script}.py", *map(str, options)]
-    common.launch(importlib.import_module(script).main)
+    launch(importlib.import_module(script).main)
 
 
 @pytest.fixture

@@ -8,10 +8,9 @@ import torch
 from torch import nn
 
 import backbone as vit
-import heads
 import lora
+import tasks
 from backbone import Features
-from heads import by_task
 from heads.captioner import Captioner
 
 WORDS = ["<pad>", *(f"w{i}" for i in range(19)), "<unk>", "<start>", "<end>"]
@@ -224,8 +223,8 @@ def test_all_heads_and_lora_count_what_the_paper_says():
         words = ["<pad>", *map(str, range(9486)), "<unk>", "<start>", "<end>"]
         categories = [{"id": i, "name": str(i)} for i in range(80)]
         captioner = Captioner(1792, words)
-        made = [by_task.HEADS["detection"](1792, categories), captioner]
-        made.append(by_task.HEADS["segmentation"](1792, categories, eq2_h=False))
+        made = [tasks.find("detection").Head(1792, categories), captioner]
+        made.append(tasks.find("segmentation").Head(1792, categories, eq2_h=False))
         counts = [sum(p.numel() for p in head.parameters()) for head in made]
         assert counts == [8_774_997, 14_136_723, 13_847_441]
         assert round(sum(counts) / 1e6, 1) == 36.8
@@ -237,14 +236,14 @@ def test_all_heads_and_lora_count_what_the_paper_says():
 
 
 def test_the_head_file_is_usable_without_the_data(head, tmp_path):
-    heads.save(head, tmp_path / "captioning.safetensors", "captioning")
-    loaded = by_task.load(tmp_path / "captioning.safetensors", 16)
+    tasks.save_head(head, tmp_path / "captioning.safetensors", "captioning")
+    loaded = tasks.load_head(tmp_path / "captioning.safetensors", 16)
     f, y = features(), captions(1, 1, 1)
     assert [a["caption"] for a in loaded.predict(f, y)] == [a["caption"] for a in head.predict(f, y)]
-    by_task.check_classes(loaded, WORDS, tmp_path)
+    tasks.check_classes(loaded, WORDS, tmp_path)
     other = [*WORDS[:5], "zebra", *WORDS[6:]]
     with pytest.raises(ValueError, match="knows 23 words, the data has 23, unlike from 5 on.*--min-count"):
-        by_task.check_classes(loaded, other, tmp_path)
+        tasks.check_classes(loaded, other, tmp_path)
     with pytest.raises(ValueError, match="<start>"):
         Captioner(16, ["a", "b"])
 

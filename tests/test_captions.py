@@ -1,42 +1,22 @@
 """Captions: COCO's and Karpathy's files, the vocabulary, and broken copies of both."""
 
-import itertools
 import json
 import re
 import shutil
 from collections import Counter
-from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 from pycocotools.coco import COCO
 
-from data import coco
 from data.captions import Captions, make_vocabulary, tokenize
-
-BACKBONE = SimpleNamespace(patch=14, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-RANKS = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"))
+from files import BadImage
+from tests.streams import take
 
 
 def spoken(stream: Captions, target: dict) -> str:
     return " ".join(stream.vocabulary[t] for t in target["tokens"].tolist())
-
-
-@pytest.fixture
-def broken(scenes, tmp_path):
-    """broken(change) -> a copy of the made-up world whose captions JSON went through change(content)."""
-
-    def copy(change):
-        folder = tmp_path / "coco"
-        shutil.copytree(scenes, folder)
-        path = folder / "annotations" / "captions_train2017.json"
-        content = json.loads(path.read_text())
-        change(content)
-        path.write_text(json.dumps(content))
-        return folder
-
-    return copy
 
 
 def test_words():
@@ -125,11 +105,10 @@ def test_the_vocabulary_does_not_depend_on_the_part_trained_on(scenes):
 def test_samples_depend_on_their_position_alone(scenes):
     """Workers or none, from the start or not; captions of unlike lengths share a batch."""
 
-    def take(count, **options):
-        stream = Captions(scenes, "train2017", seed=3, scale=0.3, min_count=1)
-        return list(itertools.islice(coco.batches(stream, 4, BACKBONE, RANKS, **options), count))
+    def captions() -> Captions:
+        return Captions(scenes, "train2017", seed=3, scale=0.3, min_count=1)
 
-    whole, late = take(5), take(2, start=3, workers=2)
+    whole, late = take(captions(), 5, batch=4), take(captions(), 2, batch=4, start=3, workers=2)
     for (images, valid, y), (images2, _, y2) in zip(whole[3:], late, strict=True):
         assert torch.equal(images, images2) and valid is None and images.shape == (4, 3, 70, 70)
         assert all(torch.equal(t["tokens"], t2["tokens"]) for t, t2 in zip(y, y2, strict=True))
@@ -147,7 +126,7 @@ def test_images_without_captions_empty_and_long_ones_are_counted(broken):
         of[3][0]["caption"] = " ".join(["red"] * 60)
         content["annotations"] = [a for a in content["annotations"] if a["image_id"] != 3] + of[3][:1]
 
-    stream = Captions(broken(change), "train2017", min_count=1)
+    stream = Captions(broken(change, "captions"), "train2017", min_count=1)
     assert "11 images, 50 captions" in stream.notes[0]
     assert re.search(
         r"2 images without captions, 6 empty captions; 1 captions cut at 50 words", stream.notes[0]
@@ -165,21 +144,21 @@ def test_images_without_captions_empty_and_long_ones_are_counted(broken):
     [
         (lambda c: c["annotations"][3].update(image_id=77), r"caption 4: unknown image id 77"),
         (lambda c: c["annotations"][3].update(caption=None), r"caption 4 is not a string: None"),
-        (lambda c: c["annotations"][3].pop("caption"), r"not a COCO captions file: KeyError"),
+        (lambda c: c["annotations"][3].pop("caption") and c, r"not a COCO captions file: KeyError"),
         (lambda c: c.pop("images"), r"no list called images"),
         (lambda c: c.update(annotations=[]), r"no word occurs 6 times .*--min-count"),
     ],
 )
 def test_bad_files_are_refused(broken, change, says):
     with pytest.raises(ValueError, match=says):
-        Captions(broken(change), "train2017")
+        Captions(broken(change, "captions"), "train2017")
 
 
 def test_captions_of_another_split_are_refused(scenes, broken):
     other = json.loads((scenes / "annotations" / "captions_val2017.json").read_text())
     for image in other["images"]:
         image["file_name"] = "9" + image["file_name"][1:]
-    folder = broken(lambda content: content.update(other))
+    folder = broken(lambda content: content.update(other), "captions")
     with pytest.raises(FileNotFoundError, match=r"captions_train2017.json: 4 of 4 images not in .*train2017"):
         Captions(folder, "train2017", min_count=1)
 
@@ -196,5 +175,5 @@ def test_a_picture_of_another_size_is_no_fault_where_sizes_are_unknown(scenes, t
     path.write_text(json.dumps({"images": [image]}))
     stream = Captions(folder, "train2017", captions=path, min_count=1)
     assert stream[0, 14][1]["orig_size"] == (44, 33)
-    with pytest.raises(coco.BadImage, match="33 x 44"):
-        next(coco.batches(Captions(folder, "train2017", min_count=1), 12, BACKBONE, RANKS))
+    with pytest.raises(BadImage, match="33 x 44"):
+        take(Captions(folder, "train2017", min_count=1), 1, batch=12)

@@ -17,9 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data import coco
+from data.detection import Detection
 from demo import world
-from tests.test_stages import ROOT, head, losses, stage1, stage2  # noqa: F401 (head is a fixture)
+from tests.stages import ROOT, losses, stage1, stage2
 
 
 def started(*command) -> subprocess.Popen:
@@ -56,7 +56,7 @@ def same(one: Path, two: Path, tolerance: float) -> bool:
     return bool((a - b).norm() <= tolerance * b.norm())
 
 
-def test_two_machines_are_one_process_of_twice_the_batch(scenes, head, tmp_path, run):  # noqa: F811
+def test_two_machines_are_one_process_of_twice_the_batch(scenes, head, tmp_path, run):
     """Two torchrun agents that meet at an address, as on two machines (here both are this one)."""
     store = tmp_path / "rendezvous"
     agents = []
@@ -75,7 +75,7 @@ def test_two_machines_are_one_process_of_twice_the_batch(scenes, head, tmp_path,
     assert same(tmp_path / "two", tmp_path / "one", 1e-3)  # see test_stages
 
 
-def test_a_lost_rank_ends_the_job_and_one_process_goes_on(scenes, head, tmp_path, run):  # noqa: F811
+def test_a_lost_rank_ends_the_job_and_one_process_goes_on(scenes, head, tmp_path, run):
     """Rank 1 is killed after the first checkpoint; one process with the whole batch takes the run up."""
     options = stage2(scenes, tmp_path / "lost", head, iters=400, **{"save-every": 4})
     agent = started("-m", "torch.distributed.run", "--nproc_per_node", 2, "stage2_lora.py", *options)
@@ -95,7 +95,7 @@ def test_a_lost_rank_ends_the_job_and_one_process_goes_on(scenes, head, tmp_path
     assert torch.load(tmp_path / "lost" / "last.pt", weights_only=True)["step"] == at + 4
 
 
-def test_a_full_disk_at_a_checkpoint_is_one_line_and_the_last_one_is_kept(scenes, head, tmp_path, run):  # noqa: F811
+def test_a_full_disk_at_a_checkpoint_is_one_line_and_the_last_one_is_kept(scenes, head, tmp_path, run):
     """The limit on a file's size stands in for the disk's."""
     assert run("stage2_lora", *stage2(scenes, tmp_path, head, iters=4))[0] == 0
     last = tmp_path / "last.pt"
@@ -117,7 +117,7 @@ def test_a_full_disk_at_a_checkpoint_is_one_line_and_the_last_one_is_kept(scenes
     assert run("stage2_lora", *options, "--resume")[0] == 0
 
 
-def test_a_damaged_last_checkpoint_falls_back_on_the_one_before(scenes, head, tmp_path, run):  # noqa: F811
+def test_a_damaged_last_checkpoint_falls_back_on_the_one_before(scenes, head, tmp_path, run):
     """Cut short, or with bytes flipped, which torch.load does not notice: the same end, bit for bit."""
     whole = tmp_path / "whole"
     options = {"save-every": 4, "log-every": 1}
@@ -144,8 +144,8 @@ def test_one_percent_of_the_images_damaged_is_refused_or_counted(tmp_path, run):
     """100 images, one of them cut short; the run that it stopped goes on from its checkpoint."""
     folder, out = tmp_path / "coco", tmp_path / "out"
     world.write(folder, "train2017", 100, 48, seed=0)
-    stream = coco.Detection(folder, "train2017")
-    picture = folder / "train2017" / stream.names[stream.row(57)]  # its turn comes in the sixth step of 10
+    stream = Detection(folder, "train2017")
+    picture = folder / "train2017" / stream.names[stream.row_at(57)]  # its turn comes in the sixth step of 10
     picture.write_bytes(picture.read_bytes()[:400])
     options = stage1(folder, out, iters=10, batch=10, **{"save-every": 4})
     code, _, err = run("stage1_heads", *options)
@@ -159,7 +159,7 @@ def test_one_percent_of_the_images_damaged_is_refused_or_counted(tmp_path, run):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc to find the worker")
-def test_a_lost_loader_worker_is_said_and_the_run_resumes(scenes, head, tmp_path):  # noqa: F811
+def test_a_lost_loader_worker_is_said_and_the_run_resumes(scenes, head, tmp_path):
     options = stage2(scenes, tmp_path, head, iters=400, workers=1, **{"save-every": 2})
     process = started("stage2_lora.py", *options)
     wait_for(tmp_path / "last.pt", process)

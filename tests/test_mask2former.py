@@ -2,24 +2,24 @@
 
 import copy
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from torch import nn
 from transformers import Mask2FormerConfig
 from transformers.models.mask2former import modeling_mask2former as hf
 
 import heads.mask2former as m2f
 from backbone import Features
+from heads.coco_results import mask_results, write_panoptic
 from heads.matching import hungarian
 from heads.transformer import sine_position
 
-COCO = Path(__file__).parents[2] / "shared" / "data" / "coco"
-needs_coco = pytest.mark.skipif(not COCO.is_dir(), reason=f"no COCO sample at {COCO}")
 CATEGORIES = [{"id": i + 1, "name": f"class {i}"} for i in range(79)] + [{"id": 90, "name": "toothbrush"}]
 D, PATCH = 24, 14
 ROUNDING = dict(rtol=1e-4, atol=1e-4)  # float32 through 15 layers, summed in another order
@@ -469,7 +469,7 @@ def test_the_last_class_can_be_learned():
         best = answer["scores"].where(answer["labels"] == label, 0).argmax()
         iou = (answer["masks"][best] & mask).sum() / (answer["masks"][best] | mask).sum()
         assert answer["scores"][best] > 0.8 and iou > 0.8
-    assert {c["category_id"] for c in m2f.to_coco_results([answer], CATEGORIES) if c["score"] > 0.5} == {
+    assert {c["category_id"] for c in mask_results([answer], CATEGORIES) if c["score"] > 0.5} == {
         90,
         1,
     }
@@ -501,7 +501,7 @@ def test_instances_by_hand():
         answer["masks"][0].tolist() == [[True, False], [True, False]] and answer["masks"].dtype == torch.bool
     )
     assert not answer["masks"][1].any()
-    results = json.loads(json.dumps(m2f.to_coco_results([answer], categories)))
+    results = json.loads(json.dumps(mask_results([answer], categories)))
     assert [r["category_id"] for r in results] == [3, 90, 3, 90] and results[0]["image_id"] == 5
     assert results[0]["segmentation"]["size"] == [2, 2]
 
@@ -538,12 +538,8 @@ def test_panoptic_by_hand():
 # --- result files
 
 
-@needs_coco
-def test_ground_truth_written_as_results_has_ap_1():
-    from pycocotools.coco import COCO as Coco
-    from pycocotools.cocoeval import COCOeval
-
-    coco = Coco(COCO / "annotations" / "instances_val2017.json")
+def test_ground_truth_written_as_results_has_ap_1(real_coco):
+    coco = COCO(real_coco / "annotations" / "instances_val2017.json")
     categories = [{"id": c["id"], "name": c["name"]} for c in coco.loadCats(sorted(coco.getCatIds()))]
     label_of = {c["id"]: label for label, c in enumerate(categories)}
     predictions = []
@@ -554,7 +550,7 @@ def test_ground_truth_written_as_results_has_ap_1():
             labels = torch.tensor([label_of[a["category_id"]] for a in annotations])
             scores = torch.linspace(0.9, 0.5, len(labels))
             predictions.append({"image_id": image_id, "masks": masks, "labels": labels, "scores": scores})
-    results = json.loads(json.dumps(m2f.to_coco_results(predictions, categories)))
+    results = json.loads(json.dumps(mask_results(predictions, categories)))
     evaluation = COCOeval(coco, coco.loadRes(results), "segm")
     evaluation.evaluate()
     evaluation.accumulate()
@@ -578,9 +574,8 @@ def panoptic_quality(truth: list[tuple], predicted: list[tuple]) -> float:
     return float(np.mean([2 * iou / segments for iou, _, segments in tallies.values()]))
 
 
-@needs_coco
-def test_ground_truth_written_as_panoptic_has_pq_1(tmp_path):
-    content = json.loads((COCO / "annotations" / "panoptic_val2017.json").read_text())
+def test_ground_truth_written_as_panoptic_has_pq_1(real_coco, tmp_path):
+    content = json.loads((real_coco / "annotations" / "panoptic_val2017.json").read_text())
     truth, predicted = [], []
 
     def read(path):
@@ -588,12 +583,12 @@ def test_ground_truth_written_as_panoptic_has_pq_1(tmp_path):
         return r + 256 * g + 256**2 * b
 
     for a in content["annotations"]:
-        ids = read(COCO / "annotations" / "panoptic_val2017" / a["file_name"])
+        ids = read(real_coco / "annotations" / "panoptic_val2017" / a["file_name"])
         infos = [s for s in a["segments_info"] if not s["iscrowd"]]
         truth.append((np.where(np.isin(ids, [s["id"] for s in infos]), ids, 0), infos))
         prediction = {"image_id": a["image_id"], "segments": torch.from_numpy(truth[-1][0]).int()}
         prediction["segments_info"] = [{k: s[k] for k in ("id", "category_id")} for s in infos]
-        written = json.loads(json.dumps(m2f.write_panoptic(prediction, tmp_path)))
+        written = json.loads(json.dumps(write_panoptic(prediction, tmp_path)))
         assert written["image_id"] == a["image_id"]
         predicted.append((read(tmp_path / written["file_name"]), written["segments_info"]))
         assert set(np.unique(predicted[-1][0])) - {0} == {s["id"] for s in written["segments_info"]}

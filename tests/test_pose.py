@@ -14,11 +14,13 @@ from transformers import VitPoseConfig
 from transformers.models.vitpose import image_processing_vitpose as hf_images
 from transformers.models.vitpose import modeling_vitpose as hf
 
-import common
-import eval_heads
 import heads.pose as pose_head
 from backbone import Features
-from data import coco, pose
+from data import pose
+from data.persons import PersonBoxes
+from heads.coco_results import Params, keypoint_results, oks_nms
+from scores.average_precision import average_precision
+from tests.streams import take
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ["nose"] + [
@@ -64,34 +66,32 @@ def people(tmp_path_factory) -> Path:
 # --- head
 
 
-def vitpose(simple: bool) -> tuple[nn.Module, pose_head.Pose]:
+def vitpose() -> tuple[nn.Module, pose_head.Pose]:
     """transformers' decoder and ours with its weights, every parameter and buffer random."""
     torch.manual_seed(0)
     backbone = dict(model_type="vitpose_backbone", hidden_size=D)
-    config = VitPoseConfig(backbone_config=backbone, num_labels=17, use_simple_decoder=simple)
-    theirs = (hf.VitPoseSimpleDecoder if simple else hf.VitPoseClassicDecoder)(config)
+    config = VitPoseConfig(backbone_config=backbone, num_labels=17, use_simple_decoder=False)
+    theirs = hf.VitPoseClassicDecoder(config)
     for value in theirs.state_dict().values():
         value.copy_(torch.rand_like(value) + 0.1) if value.is_floating_point() else None
-    ours = pose_head.Pose(D, CATEGORIES, simple=simple)
+    ours = pose_head.Pose(D, CATEGORIES)
     ours.decoder.load_state_dict(
         dict(zip(ours.decoder.state_dict(), theirs.state_dict().values(), strict=True))
     )
     return theirs.eval(), ours.eval()
 
 
-@pytest.mark.parametrize("simple", [False, True])
-def test_decoders_equal_transformers(simple):
-    theirs, ours = vitpose(simple)
+def test_decoder_equals_transformers():
+    theirs, ours = vitpose()
     x = torch.randn(2, D, 16, 12)
     with torch.no_grad():
         torch.testing.assert_close(ours.decoder(x), theirs(x))
         assert ours.decoder(x).shape == (2, 17, 64, 48)
-        if not simple:  # the batch's statistics
-            torch.testing.assert_close(ours.train().decoder(x), theirs.train()(x))
+        torch.testing.assert_close(ours.train().decoder(x), theirs.train()(x))  # the batch's statistics
 
 
 def test_config_rebuilds_the_head():
-    head = pose_head.Pose(D, CATEGORIES, simple=True)
+    head = pose_head.Pose(D, CATEGORIES)
     again = pose_head.Pose(**json.loads(json.dumps(head.config)))
     assert again.state_dict().keys() == head.state_dict().keys() and "mirror" not in head.state_dict()
 
@@ -163,7 +163,7 @@ def test_targets_and_loss_are_vitposes():
 
 def test_flip_test_averages_what_the_mirror_sees():
     """Ours of f with the mirrored crops behind, against transformers' flip_back and a mean."""
-    theirs, ours = vitpose(simple=True)
+    theirs, ours = vitpose()
     torch.manual_seed(1)
     plain, mirrored = torch.randn(2, 2, D, 16, 12)
     pairs = torch.tensor([[i, i + 1] for i in range(1, 17, 2)])
@@ -193,7 +193,7 @@ def test_persons_are_scored_by_their_sure_keypoints():
 
 def test_the_same_person_twice_is_reported_once():
     """exp(-d^2 / (8 area sigma^2)) is the OKS if all keypoints move by d, in proportion to their sigma."""
-    sigmas = pose_head.Params(iouType="keypoints").kpt_oks_sigmas
+    sigmas = Params(iouType="keypoints").kpt_oks_sigmas
 
     def person(image_id: int, score: float, oks: float) -> dict:
         x = 100 + sigmas * np.sqrt(-np.log(oks) * 8 * 400)
@@ -201,14 +201,14 @@ def test_the_same_person_twice_is_reported_once():
         return {"image_id": image_id, "keypoints": keypoints, "score": score, "area": 400.0}
 
     persons = [person(1, 0.3, 0.89), person(1, 0.9, 1.0), person(1, 0.5, 0.91), person(2, 0.1, 0.95)]
-    results = pose_head.to_coco_results(persons, CATEGORIES)
+    results = keypoint_results(persons, CATEGORIES)
     assert [(r["image_id"], r["score"]) for r in results] == [(1, 0.9), (1, 0.3), (2, 0.1)]
     assert results[0]["category_id"] == 1 and len(json.loads(json.dumps(results))[0]["keypoints"]) == 51
 
 
 def test_the_size_of_two_persons_is_their_mean():
     """All keypoints d = 10 px apart: the OKS is the mean of exp(-d^2 / (8 sigma^2 area))."""
-    sigmas = pose_head.Params(iouType="keypoints").kpt_oks_sigmas
+    sigmas = Params(iouType="keypoints").kpt_oks_sigmas
     areas = np.linspace(1e3, 1e5, 10_000)
     oks = np.exp(-100 / (8 * sigmas**2 * areas[:, None])).mean(1)
     enough = areas[oks > 0.9][0]
@@ -217,7 +217,7 @@ def test_the_size_of_two_persons_is_their_mean():
     def left(one: float, two: float) -> int:
         pair = (20.0, 0.9, one * enough), (20 + 50**0.5, 0.5, two * enough)
         persons = [{"keypoints": np.full((17, 3), x), "score": s, "area": area} for x, s, area in pair]
-        return len(pose_head.oks_nms(persons))
+        return len(oks_nms(persons))
 
     for sizes, count in (((1.5, 0.4), 2), ((0.4, 1.5), 2), ((1.5, 0.6), 1), ((0.6, 1.5), 1)):
         assert left(*sizes) == count, sizes
@@ -269,7 +269,7 @@ def test_keypoints_follow_the_pixels(people, tmp_path):
     for position in range(60):
         crop, target = stream[position, 14]
         assert crop.shape == (3, 224, 168) and crop.dtype == torch.uint8
-        known = stream.data.keypoints[stream.row(position)]
+        known = stream.data.keypoints[stream.row_at(position)]
         colours = {}
         for k, (px, py, v) in enumerate(target["keypoints"].tolist()):
             px, py = round(px), round(py)
@@ -297,13 +297,13 @@ def test_augmentation_is_vitposes(people):
         )
         for position in range(300):
             stream[position, 2]
-    regions = [pose.region(stream.data.boxes_xywh[stream.row(p)], 0.75) for p in range(300)]
+    regions = [pose.region(stream.data.boxes_xywh[stream.row_at(p)], 0.75) for p in range(300)]
     turned = np.array([turn for _, turn in seen])
     ratio = np.array([crop[2] / region[2] for (crop, _), region in zip(seen, regions, strict=True)])
     moved = np.array(
         [abs(crop[1] - region[1]) > 1e-3 for (crop, _), region in zip(seen, regions, strict=True)]
     )
-    many = np.array([(stream.data.keypoints[stream.row(p)][:, 2] > 0).sum() > 8 for p in range(300)])
+    many = np.array([(stream.data.keypoints[stream.row_at(p)][:, 2] > 0).sum() > 8 for p in range(300)])
     assert (
         np.mean(turned != 0) == pytest.approx(0.6, abs=0.1) and np.abs(turned).max() <= np.deg2rad(80) + 1e-6
     )
@@ -332,7 +332,7 @@ def test_real_keypoints_come_back_from_their_own_heat_maps(real_coco):
     head, crop = pose_head.Pose(D, CATEGORIES), (224, 168)
     head.decoder = nn.Identity()
     for folder in (real_coco, real_coco.parent / "keypoint_topdown"):
-        items = pose.PersonBoxes(folder, "val2017")
+        items = PersonBoxes(folder, "val2017")
         items.patch, kept, count = 14, [], torch.zeros(2)
         for i in range(len(items)):
             person, target = items[i]
@@ -352,14 +352,10 @@ def test_real_keypoints_come_back_from_their_own_heat_maps(real_coco):
             error = np.abs(answer["keypoints"][:, :2].numpy() - known[:, :2]) / pixel
             assert error[seen].max() < 0.5
             kept.append(answer)
-        results = pose_head.to_coco_results(kept, items.categories)
+        results = keypoint_results(kept, items.categories)
         assert len(results) == len(items) and count[0] > 0.9 * count[1]
-        scores = eval_heads.average_precision(items.annotations, results, "keypoints", items.image_ids)
+        scores = average_precision(items.annotations, results, "keypoints", items.image_ids)
         assert scores["keypoint AP"] == pytest.approx(100, abs=1e-9)
-        fast = eval_heads.average_precision(
-            items.annotations, results, "keypoints", items.image_ids, fast=True
-        )
-        assert fast == pytest.approx(scores)
 
 
 # --- data
@@ -372,22 +368,22 @@ def detections(path: Path, *boxes) -> Path:
 
 
 def test_every_person_is_evaluated_once(people, tmp_path):
-    items = pose.PersonBoxes(people, "val2017")
+    items = PersonBoxes(people, "val2017")
     content = json.loads((people / "annotations" / "person_keypoints_val2017.json").read_text())
     whole = [a for a in content["annotations"] if not a["iscrowd"]]
     assert [t["item"] for _, t in (items[i] for i in range(len(items)))] == list(range(len(whole)))
     assert items.image_ids == [1, 2, 3, 4, 5]
-    assert len(pose.PersonBoxes(people, "val2017", limit=2)) == sum(a["image_id"] <= 2 for a in whole)
+    assert len(PersonBoxes(people, "val2017", limit=2)) == sum(a["image_id"] <= 2 for a in whole)
     boxes = detections(
         tmp_path / "boxes.json",
         (3, 1, [1, 2, 30, 40], 0.5),
         (1, 1, [5, 6, 20, 30], 0.25),
         (1, 2, [5, 6, 9, 9], 1),
     )
-    items = pose.PersonBoxes(people, "val2017", boxes=boxes)
+    items = PersonBoxes(people, "val2017", boxes=boxes)
     known = [(items[i][1]["image_id"], items[i][1]["score"]) for i in range(len(items))]
     assert known == [(1, 0.25), (3, 0.5)]
-    images, valid, y = pose.PersonBoxes.collate([items[0], items[1]], 1, (0.5,) * 3, (0.5,) * 3)
+    images, valid, y = PersonBoxes.collate([items[0], items[1]], 1, (0.5,) * 3, (0.5,) * 3)
     assert valid is None and len(y) == 2 and torch.equal(images[2:], images[:2].flip(3))
 
 
@@ -407,7 +403,7 @@ def test_every_person_is_evaluated_once(people, tmp_path):
 def test_bad_detections_are_named(people, tmp_path, text, says):
     (tmp_path / "boxes.json").write_text(text)
     with pytest.raises(ValueError, match=says) as error:
-        pose.PersonBoxes(people, "val2017", boxes=tmp_path / "boxes.json")
+        PersonBoxes(people, "val2017", boxes=tmp_path / "boxes.json")
     assert str(tmp_path / "boxes.json") in str(error.value)
 
 
@@ -497,9 +493,7 @@ def test_a_sample_depends_on_its_position_alone(people):
         assert torch.equal(crop, samples[p][0]) and torch.equal(
             target["keypoints"], samples[p][1]["keypoints"]
         )
-    ranks = common.Ranks(0, 1, torch.device("cpu"), torch.float32)
-    shape = type("Shape", (), dict(patch=14, mean=(0.5,) * 3, std=(0.5,) * 3))
-    images, valid, y = next(coco.batches(first, 3, shape, ranks))
+    ((images, valid, y),) = take(first, 1, batch=3)
     assert images.shape == (3, 3, 224, 168) and valid is None and len(y) == 3
 
 
@@ -511,4 +505,4 @@ def test_images_without_persons_are_refused_by_name(tmp_path):
     (tmp_path / "annotations" / "person_keypoints_val2017.json").write_text(json.dumps(content))
     assert pose.read_persons(tmp_path, "val2017").keypoints.shape == (0, 3, 3)
     with pytest.raises(ValueError, match="no person with keypoints in 0 images"):
-        pose.PersonBoxes(tmp_path, "val2017")
+        PersonBoxes(tmp_path, "val2017")

@@ -1,7 +1,5 @@
 """Both stages end to end, as a user runs them: on real images, on two ranks, killed, resumed, and misused."""
 
-import argparse
-import importlib
 import itertools
 import json
 import os
@@ -14,35 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.distributed.run import get_args_parser
 
 import backbone as vit
-import common
-import heads
+import files
 import lora
 import stage1_heads
 import stage2_lora
-from data import coco
-from heads import by_task
-
-ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = [path.stem for path in sorted(ROOT.glob("*.py")) if "common.launch(main)" in path.read_text()]
-MINI = ("--model", "eva_mini", "--weights", "random", "--workers", 0)
-
-
-def small(coco, **changed) -> list:
-    options = {"coco": coco, "image-scale": 0.2, "warmup": 2, "log-every": 2, **changed}
-    return [*MINI, *(x for k, v in options.items() for x in (f"--{k}", *(v if isinstance(v, list) else [v])))]
-
-
-def stage1(coco, out, **changed) -> list:
-    return ["--task", "detection", *small(coco, out=out, **{"iters": 4, "lr": 1e-4, **changed})]
-
-
-def stage2(coco, out, head, **changed) -> list:
-    return small(
-        coco, out=out, heads=head, **{"tasks": "detection", "iters": 8, "lr": 1e-3, "rank": 4, **changed}
-    )
+import tasks
+import training
+from data.detection import Detection
+from data.stream import batches
+from ranks import Ranks
+from tests.stages import ROOT, logged, losses, stage1, stage2
 
 
 def launched(*command, **options) -> subprocess.CompletedProcess:
@@ -53,31 +34,16 @@ def launched(*command, **options) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, **options)
 
 
-@pytest.fixture(scope="module")
-def head(scenes, tmp_path_factory) -> Path:
-    """A head of the made-up world, hardly trained."""
-    out = tmp_path_factory.mktemp("head")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["stage1_heads.py", *map(str, stage1(scenes, out))])
-        with pytest.raises(SystemExit, match="0"):
-            common.launch(stage1_heads.main)
-    return out
-
-
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def losses(out: Path) -> list[float]:
-    return [json.loads(line)["detection/loss"] for line in (out / "log.jsonl").read_text().splitlines()]
 
 
 @torch.no_grad()
 def mean_loss(coco_folder: Path, backbone, head) -> float:
     """Over twenty fixed samples of the ten images that the stages below train on."""
-    stream = coco.Detection(coco_folder, "train2017", seed=0, scale=0.2, fraction=0.2)
-    ranks = common.Ranks(0, 1, torch.device("cpu"), torch.float32)
-    samples = itertools.islice(coco.batches(stream, 1, backbone, ranks), 20)
+    stream = Detection(coco_folder, "train2017", seed=0, scale=0.2, fraction=0.2)
+    ranks = Ranks(0, 1, torch.device("cpu"), torch.float32)
+    samples = itertools.islice(batches(stream, 1, backbone, ranks), 20)
     return sum(head.loss(backbone(images, valid), y)[0].item() for images, valid, y in samples) / 20
 
 
@@ -89,7 +55,7 @@ def test_both_stages_learn_on_real_images(real_coco, tmp_path, run, monkeypatch)
     code, out, _ = run("stage1_heads", *stage1(real_coco, tmp_path / "one", **options))
     assert code == 0 and "465 boxes, 5 crowd" in out and "commit" in out
     head_file = tmp_path / "one" / "detection.safetensors"
-    header = heads.read_header(head_file)
+    header = files.read_header(head_file, "head")
     assert header["config"]["dim"] == 192 and header["config"]["categories"][79]["name"] == "toothbrush"
     assert (header["backbone"], header["step"]) == ("eva_mini", 50)
     frozen_head = load_file(head_file)
@@ -101,8 +67,8 @@ def test_both_stages_learn_on_real_images(real_coco, tmp_path, run, monkeypatch)
 
     untouched = keep("eva_mini", "random", seed=0)
     torch.manual_seed(0)
-    fresh_head = by_task.HEADS["detection"](192, header["config"]["categories"]).eval()
-    trained_head = by_task.load(head_file, 192)
+    fresh_head = tasks.find("detection").Head(192, header["config"]["categories"]).eval()
+    trained_head = tasks.load_head(head_file, 192)
     tuned = keep("eva_mini", "random", seed=0)
     assert lora.load(tuned.vit, tmp_path / "two" / "lora.safetensors")["backbone"] == "eva_mini"
     initial = mean_loss(real_coco, untouched, fresh_head)
@@ -139,8 +105,13 @@ def test_torchrun_with_two_processes_is_one_with_twice_the_batch(scenes, head, t
         difference = sum((a - b).square().sum() for a, b in pairs).sqrt()
         assert difference < 1e-3 * sum(b.square().sum() for _, b in pairs).sqrt()
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
-    files = {"lora.safetensors", "lora_000004.safetensors", "lora_000008.safetensors"}
-    assert files < {path.name for path in (tmp_path / "two").iterdir()}
+    written = {"lora.safetensors", "lora_000004.safetensors", "lora_000008.safetensors"}
+    assert written < {path.name for path in (tmp_path / "two").iterdir()}
+    for out in ("two", "one"):
+        for line in map(json.loads, (tmp_path / out / "log.jsonl").read_text().splitlines()):
+            assert 0 <= line["waiting"] <= 1 and line["seconds"] > 0
+            images = line["images_per_second"] * line["seconds"]  # of both ranks
+            assert images == pytest.approx(2, rel=0.05)  # both are rounded
 
 
 @pytest.mark.parametrize("stage", ["stage1_heads", "stage2_lora"])
@@ -156,9 +127,9 @@ def test_killed_and_resumed_is_bit_identical_to_uninterrupted(
 
     code, *_ = run(stage, *at(tmp_path / "whole"))
     assert code == 0
-    save = common.Checkpoint.save
+    save = training.Checkpoint.save
     with monkeypatch.context() as patch:
-        patch.setattr(common.Checkpoint, "save", lambda self, step: die() if step > 3 else save(self, step))
+        patch.setattr(training.Checkpoint, "save", lambda self, step: die() if step > 3 else save(self, step))
         codes, outs = run_ranks(1, stage, *at(tmp_path / "parts"), "--workers", 1)
     assert codes == [-signal.SIGKILL], outs
     assert torch.load(tmp_path / "parts" / "last.pt")["step"] == 3
@@ -167,7 +138,7 @@ def test_killed_and_resumed_is_bit_identical_to_uninterrupted(
     name = "detection.safetensors" if stage == "stage1_heads" else "lora.safetensors"
     whole, parts = (load_file(tmp_path / n / name) for n in ("whole", "parts"))
     assert whole.keys() == parts.keys() and all(torch.equal(v, parts[k]) for k, v in whole.items())
-    assert (tmp_path / "whole" / "log.jsonl").read_text() == (tmp_path / "parts" / "log.jsonl").read_text()
+    assert json.dumps(logged(tmp_path / "whole")) == json.dumps(logged(tmp_path / "parts"))
     code, _, err = run(stage, *at(tmp_path / "parts"), "--resume", "--lr", 1)
     assert code == 2 and "lr was" in err
 
@@ -177,16 +148,17 @@ def test_three_tasks_on_real_images_in_one_process_and_two(real_coco, tmp_path, 
     tiny = {"iters": 1, "image-scale": 0.1, "min-count": 3, "warmup": 0}
     options = stage1(real_coco, tmp_path / "p", **tiny, split="val2017")
     code, *_ = run("stage1_heads", *options, "--task", "panoptic")
-    assert code == 0 and heads.read_header(tmp_path / "p" / "panoptic.safetensors")["task"] == "panoptic"
-    tasks, made = ["detection", "segmentation", "captioning"], tmp_path / "h"
-    for task in tasks:
+    header = files.read_header(tmp_path / "p" / "panoptic.safetensors", "head")
+    assert code == 0 and header["task"] == "panoptic"
+    names, made = ["detection", "segmentation", "captioning"], tmp_path / "h"
+    for task in names:
         code, *_ = run("stage1_heads", *stage1(real_coco, made / task, **tiny), "--task", task)
         assert code == 0
-    header = heads.read_header(made / "captioning" / "captioning.safetensors")
+    header = files.read_header(made / "captioning" / "captioning.safetensors", "head")
     assert {"a", "man"} < set(header["config"]["vocabulary"])
 
     # With this seed each task has its turn before and after the stop
-    together = {**tiny, "tasks": tasks, "iters": 6, "log-every": 1, "save-every": 3, "seed": 18}
+    together = {**tiny, "tasks": names, "iters": 6, "log-every": 1, "save-every": 3, "seed": 18}
     batch = ["detection=2", "segmentation=2", "captioning=4"]
     options = stage2(real_coco, tmp_path / "a", made, **together, batch=batch)
     assert run("stage2_lora", *options)[0] == 0
@@ -206,8 +178,8 @@ def test_three_tasks_on_real_images_in_one_process_and_two(real_coco, tmp_path, 
         [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
         for name in ("a", "two")
     )
-    order = stage2_lora.task_order(tasks, [0.3, 0.3, 0.4], 6, seed=18)
-    assert set(order[:3]) == set(order[3:]) == set(tasks)
+    order = stage2_lora.task_order(names, [0.3, 0.3, 0.4], 6, seed=18)
+    assert set(order[:3]) == set(order[3:]) == set(names)
     for task, a, b in zip(order, one, two, strict=True):
         assert f"{task}/loss" in a and a.keys() == b.keys()  # one and the same task on all ranks
         close = 0.1 if task == "segmentation" else 2e-3  # its loss reads points drawn on each rank
@@ -220,18 +192,18 @@ def test_three_tasks_on_real_images_in_one_process_and_two(real_coco, tmp_path, 
 
 def test_tasks_come_as_often_as_their_probabilities():
     """Within 3 sigma over the paper's 50k steps, and again from the seed alone."""
-    tasks, probs, steps = ["detection", "segmentation", "captioning"], [0.3, 0.3, 0.4], 50_000
-    order = stage2_lora.task_order(tasks, probs, steps, seed=0)
-    for task, p in zip(tasks, probs, strict=True):
+    names, probs, steps = ["detection", "segmentation", "captioning"], [0.3, 0.3, 0.4], 50_000
+    order = stage2_lora.task_order(names, probs, steps, seed=0)
+    for task, p in zip(names, probs, strict=True):
         assert abs(order.count(task) - p * steps) < 3 * (p * (1 - p) * steps) ** 0.5
-    assert order == stage2_lora.task_order(tasks, probs, steps, seed=0)
-    assert order != stage2_lora.task_order(tasks, probs, steps, seed=1)
+    assert order == stage2_lora.task_order(names, probs, steps, seed=0)
+    assert order != stage2_lora.task_order(names, probs, steps, seed=1)
 
 
 def test_head_lr_ratio_trains_the_heads_too(scenes, head, tmp_path, run, monkeypatch):
     """Table 11. At 0 the heads are not in the optimizer at all, and stay as they are bit for bit."""
-    changed, loaded, load = {}, [], by_task.load
-    monkeypatch.setattr(by_task, "load", lambda *a: loaded.append(load(*a)) or loaded[-1])
+    changed, loaded, load = {}, [], tasks.load_head
+    monkeypatch.setattr(tasks, "load_head", lambda *a: loaded.append(load(*a)) or loaded[-1])
     before = load_file(head / "detection.safetensors")
     for ratio in (0.0, 0.1):
         out = tmp_path / str(ratio)
@@ -282,18 +254,18 @@ def test_a_non_finite_loss_stops_naming_step_task_and_images(scenes, head, tmp_p
 
 
 def test_interrupt_is_one_line_and_resumable(scenes, head, tmp_path, run, monkeypatch):
-    add = common.Log.add
+    add = training.Log.add
 
     def interrupted(self, step, *rest):
         add(self, step, *rest)
         if step == 5:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(common.Log, "add", interrupted)
+    monkeypatch.setattr(training.Log, "add", interrupted)
     options = stage2(scenes, tmp_path, head, **{"save-every": 2})
     code, _, err = run("stage2_lora", *options)
     assert code == 130 and "Traceback" not in err and "--resume" in err
-    monkeypatch.setattr(common.Log, "add", add)
+    monkeypatch.setattr(training.Log, "add", add)
     assert run("stage2_lora", *options, "--resume")[0] == 0
 
 
@@ -336,7 +308,7 @@ def test_bad_options_are_one_line_before_anything_is_loaded_or_written(
         with monkeypatch.context() as patch:
             if "resnet18" not in options:
                 patch.setattr(vit, "load", never)
-                patch.setattr("data.coco.read_instances", never)
+                patch.setattr(tasks, "open_stream", never)
             code, _, err = run(script, *options)
         assert code == 2 and says in err and err.count("\n") == 1, (options, err)
         assert not (tmp_path / "new").exists()
@@ -344,8 +316,8 @@ def test_bad_options_are_one_line_before_anything_is_loaded_or_written(
 
 def test_bad_heads_are_refused_and_nothing_is_written(scenes, real_coco, head, tmp_path, run):
     wide = tmp_path / "wide.safetensors"
-    categories = heads.read_header(head / "detection.safetensors")["config"]["categories"]
-    heads.save(by_task.HEADS["detection"](96, categories), wide, "detection")
+    categories = files.read_header(head / "detection.safetensors", "head")["config"]["categories"]
+    tasks.save_head(tasks.find("detection").Head(96, categories), wide, "detection")
     for options, says in (
         (stage2(scenes, tmp_path / "new", wide), "width 96, not 192"),
         (stage2(real_coco, tmp_path / "new", head), "knows 14 categories"),
@@ -358,7 +330,7 @@ def test_bad_heads_are_refused_and_nothing_is_written(scenes, real_coco, head, t
 def test_defaults_are_the_papers(monkeypatch, capsys):
     """Sec. 4.2, for EVA-ViT-G."""
     seen = []
-    monkeypatch.setattr(common, "check_training_options", lambda args: seen.append(args) or 1 / 0)
+    monkeypatch.setattr(training, "check_options", lambda args: seen.append(args) or 1 / 0)
     for script, options in (
         (stage1_heads, ["--task", "detection"]),
         (stage2_lora, []),
@@ -374,29 +346,6 @@ def test_defaults_are_the_papers(monkeypatch, capsys):
     assert two.batch == {"detection": 1, "segmentation": 1, "captioning": 8}
     assert (captions.iters, captions.batch, captions.lr) == (100_000, 32, 4e-4)
     assert (two.save_every, two.lora_alpha, two.head_lr_ratio) == (5000, 1.0, 0.0)
-
-
-def options_of(parser: argparse.ArgumentParser) -> set[str]:
-    """With those of its subcommands."""
-    found = {o for action in parser._actions for o in action.option_strings}
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            found = found.union(*map(options_of, action.choices.values()))
-    return found
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_and_torchrun_take_every_option(script, run, monkeypatch):
-    """torchrun refuses an option that begins several of its own, even where it is the script's."""
-    code, shown, _ = run(script, "--help")
-    assert code == 0 and importlib.import_module(script).__doc__.splitlines()[0] in shown
-    parsers = []
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda p: parsers.append(p) or sys.exit(0))
-    assert run(script)[0] == 0
-    options = options_of(parsers[0]) - {"-h", "--help"}
-    own = options_of(get_args_parser())
-    assert options & {"--out", "--to"} and "--nproc-per-node" in own
-    assert not [(o, t) for o in options for t in own if t.startswith(o) or t.replace("_", "-").startswith(o)]
 
 
 def test_full_tunes_all_of_m_and_no_lora(scenes, head, tmp_path, run):

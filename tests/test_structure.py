@@ -1,24 +1,42 @@
 """Who may import whom: scripts never each other, leaves nothing of ours."""
 
 import ast
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.stages import ROOT
+
 SOURCES = [p for p in ROOT.rglob("*.py") if not {".venv", "out"} & set(p.relative_to(ROOT).parts)]
 OURS = {p.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for p in SOURCES}
-LEAVES = {"backbone", "lora", "common", "heads.matching", "heads.transformer"}
-INNER = {"heads": "heads", "data": "data", "evaluation": ("common", "lora")}  # import only these
+FOLDERS = {"heads", "data", "scores"}
+RULES = {  # what each module imports of ours, at most; those of a folder that are not named follow its own
+    "weights": (),
+    "files": (),
+    "ranks": (),
+    "heads.matching": (),
+    "heads.transformer": (),
+    "heads": ("heads", "ranks"),
+    "data": ("data", "files"),
+    "scores": ("scores",),
+    "lora": ("files",),
+    "backbone": ("weights", "ranks"),
+    "training": ("ranks", "files"),
+    "tasks": ("data", "heads", "files"),
+    "evaluation": ("ranks", "files", "lora"),
+    "feature_cache": ("evaluation", "lora", "ranks", "files", "data.stream"),
+    "clip": ("lora", "files", "backbone", "ranks", "weights"),
+    "blip2": ("lora", "files", "backbone", "ranks", "weights"),
+    "answers": ("ranks", "blip2"),
+}
 
 
 def imports(module: str) -> set[str]:
-    """The project's modules that a module imports by name."""
+    """The project's modules that a module imports, anywhere in it."""
     tree, names = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text()), set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return {name.removesuffix(".__init__") for name in names} & (OURS | {"heads", "data"})
+    return {name.removesuffix(".__init__") for name in names} & (OURS | FOLDERS)
 
 
 def is_script(module: str) -> bool:
@@ -26,24 +44,21 @@ def is_script(module: str) -> bool:
     return path.is_file() and '__name__ == "__main__"' in path.read_text()
 
 
+def within(name: str, allowed: tuple[str, ...]) -> bool:
+    """Whether a module is one of those allowed, in one of those folders, or the folder of one."""
+    return any(f"{name}.".startswith(f"{one}.") or f"{one}.".startswith(f"{name}.") for one in allowed)
+
+
 def test_imports_go_one_way():
     scripts = {module for module in OURS if "." not in module and is_script(module)}
     assert {"stage1_heads", "stage2_lora"} <= scripts
     for module in OURS:
-        found = imports(module)
-        if module in LEAVES:
-            assert not found, f"{module} is a leaf, but imports {found}"
-        elif inner := INNER.get(module.partition(".")[0]):
-            assert all(name.startswith(inner) for name in found), f"{module} imports {found}"
-        elif "." not in module:
-            assert not found & scripts - {module}, f"{module} imports the script {found & scripts}"
-
-
-def test_paper_lines_can_be_found():
-    """Lines 1-4 of Algorithm 1, 1-5 of 2, 1-4 and 6 of 3: all but `end for`."""
-    scripts = [("stage1_heads.py", 1, (1, 2, 3, 4)), ("stage2_lora.py", 2, (1, 2, 3, 4, 5))]
-    scripts += [(script, 3, (1, 2, 3, 4, 6)) for script in ("eval_ocr.py", "eval_goi.py")]
-    for script, algorithm, lines in scripts:
-        text = (ROOT / script).read_text()
-        at = [text.index(f"Alg. {algorithm}, line {line}") for line in lines]
-        assert at[0] < at[1] and at[2:] == sorted(at[2:])
+        found, folder = imports(module), module.partition(".")[0]
+        if module in scripts:
+            assert not found & scripts, f"{module} imports the script {found & scripts}"
+            wrong = {name for name in found if name.partition(".")[0] in ("tests", "benchmarks", "demo")}
+            assert not wrong, f"{module} imports {wrong}"
+        elif "." not in module or folder in FOLDERS:
+            allowed = RULES[module] if module in RULES else RULES[folder]
+            wrong = {name for name in found if not within(name, allowed)}
+            assert not wrong, f"{module} imports {wrong}; it may import {allowed or 'nothing of ours'}"

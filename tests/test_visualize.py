@@ -11,11 +11,11 @@ from torch import nn
 from torchvision.transforms.v2 import functional as TF
 
 import backbone as vit
-import heads
 import lora
+import tasks
 import visualize
 from data.pose import mirror
-from heads import by_task
+from files import read_picture
 
 MINI = ("--model", "eva_mini.px112", "--weights", "random")
 
@@ -123,17 +123,17 @@ def test_a_caption_is_drawn_with_a_map_for_each_word(run, scenes, tmp_path, monk
     """The captioner's own, having learned one sentence; also behind an <unk>, which captions leave out."""
     backbone = vit.load(MINI[1], "random")
     picture = sorted((scenes / "val2017").glob("*.jpg"))[0]
-    pixels = TF.resize(visualize.read(picture), [70, 70], antialias=True)
+    pixels = TF.resize(read_picture(picture), [70, 70], antialias=True)
     f = backbone(TF.normalize(TF.to_dtype(pixels, scale=True), backbone.mean, backbone.std)[None])
     vocabulary = ["<pad>", "red", "star", "on", "grass", "<unk>", "<start>", "<end>"]
     torch.manual_seed(0)
-    head = by_task.HEADS["captioning"](192, vocabulary).eval()
+    head = tasks.find("captioning").Head(192, vocabulary).eval()
     optimizer = torch.optim.Adam(head.parameters(), 3e-3)
     for _ in range(20):
         optimizer.zero_grad()
         head.loss(f, [{"tokens": torch.tensor([6, 1, 5, 2, 3, 4, 7])}])[0].backward()
         optimizer.step()
-    heads.save(head, tmp_path / "captioning.safetensors", "captioning", backbone=MINI[1])
+    tasks.save_head(head, tmp_path / "captioning.safetensors", "captioning", backbone=MINI[1])
 
     drawn, finish = [], visualize.finish
     monkeypatch.setattr(visualize, "finish", lambda axes, out: drawn.append(axes) or finish(axes, out))
@@ -153,8 +153,8 @@ def test_predictions_as_used(run, scenes, tuned, tmp_path):
     (tmp_path / "heads").mkdir()
     for task in ("detection", "segmentation", "panoptic"):
         torch.manual_seed(0)
-        head = by_task.HEADS[task](192, categories)
-        heads.save(head, tmp_path / "heads" / f"{task}.safetensors", task, backbone="eva_mini.px112")
+        head = tasks.find(task).Head(192, categories)
+        tasks.save_head(head, tmp_path / "heads" / f"{task}.safetensors", task, backbone="eva_mini.px112")
     picture = sorted((scenes / "val2017").glob("*.jpg"))[0]
     options = (
         "--heads",
@@ -167,8 +167,8 @@ def test_predictions_as_used(run, scenes, tuned, tmp_path):
         "--sure",
         0.1,
     )
-    tasks = ("--tasks", "detection", "segmentation", "panoptic")
-    code, out, _ = run("visualize", "predict", picture, *options, *tasks, "--out", tmp_path / "p")
+    three = ("--tasks", "detection", "segmentation", "panoptic")
+    code, out, _ = run("visualize", "predict", picture, *options, *three, "--out", tmp_path / "p")
     assert code == 0 and out.count(".png") == 3
     assert sorted(f.name for f in (tmp_path / "p").iterdir()) == [
         f"{picture.stem}_{task}.png" for task in ("detection", "panoptic", "segmentation")
@@ -180,7 +180,7 @@ def test_keypoints_as_used(run, scenes, tmp_path):
     content = json.loads((scenes / "annotations" / "person_keypoints_val2017.json").read_text())
     names = content["categories"][0]["keypoints"]
     categories = [{"id": 1, "name": "person", "keypoints": names, "mirror": mirror(names)}]
-    heads.save(by_task.HEADS["pose"](192, categories), tmp_path / "pose.safetensors", "pose")
+    tasks.save_head(tasks.find("pose").Head(192, categories), tmp_path / "pose.safetensors", "pose")
     first, second = sorted((scenes / "val2017").glob("*.jpg"))[:2]
     boxes = [{"image_id": int(first.stem), "bbox": [1, 2, 30, 40], "score": s} for s in (0.5, 0.25)]
     (tmp_path / "boxes.json").write_text(json.dumps(boxes))

@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-import common
+import training
+from tests.stages import logged
 
 
 def arguments(**changed) -> argparse.Namespace:
@@ -40,7 +42,7 @@ def steps(network, optimizer, first, last, rank=0, world=1, lrs=(1e-2,)):
         ]
         for group, lr in zip(optimizer.param_groups, lrs, strict=True):
             group["lr"] = lr
-        common.minimize((network(x) ** 2).mean() * 3, optimizer, scaler)
+        training.minimize((network(x) ** 2).mean() * 3, optimizer, scaler)
     return [p.detach().clone() for p in network.parameters()]
 
 
@@ -58,14 +60,18 @@ def reference(last: int) -> list[torch.Tensor]:
     return list(network.parameters())
 
 
+def new_checkpoint(folder: Path, args, trained: dict, optimizer, scaler) -> training.Checkpoint:
+    return training.Checkpoint(folder, args, trained, optimizer, scaler, "data", training.MAY_CHANGE)
+
+
 def two_ranks(rank: int, world: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     torch.set_num_threads(1)
     network = model()
     if rank:  # what trains is sent from rank 0
         nn.init.zeros_(network[0].weight)
-    wrapped = common.parallel(network, torch.device("cpu"))
-    optimizer = common.sharded_adamw([{"params": list(network.parameters())}])
+    wrapped = training.parallel(network, torch.device("cpu"))
+    optimizer = training.sharded_adamw([{"params": list(network.parameters())}])
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     for step in range(6):
         weights = steps(wrapped, optimizer, step, step + 1, rank, world)
@@ -74,7 +80,7 @@ def two_ranks(rank: int, world: int, folder: str) -> None:
         assert all(torch.equal(o, others[0]) for o in others)  # after every step
     assert 0 < len(optimizer.optim.state) < 8 // 2 + 3  # each rank keeps a part of the state
     trained = dict(network.named_parameters())
-    checkpoint = common.Checkpoint(Path(folder), arguments(), trained, optimizer, scaler, "data")
+    checkpoint = new_checkpoint(Path(folder), arguments(), trained, optimizer, scaler)
     checkpoint.save(6)
     weights = steps(wrapped, optimizer, 6, 12, rank, world)
     if rank == 0:
@@ -92,10 +98,10 @@ def test_two_ranks_are_one_process_of_twice_the_batch_and_resume_as_one(tmp_path
     for ours, theirs in zip(torch.load(tmp_path / "two.pt"), expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=1e-5)  # fp32 averages of halves
     network = model()
-    optimizer = common.sharded_adamw([{"params": list(network.parameters())}])
+    optimizer = training.sharded_adamw([{"params": list(network.parameters())}])
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     trained = dict(network.named_parameters())
-    checkpoint = common.Checkpoint(tmp_path, arguments(batch=4), trained, optimizer, scaler, "data")
+    checkpoint = new_checkpoint(tmp_path, arguments(batch=4), trained, optimizer, scaler)
     assert checkpoint.load() == 6
     for ours, theirs in zip(steps(network, optimizer, 6, 12), expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=1e-5)
@@ -103,26 +109,26 @@ def test_two_ranks_are_one_process_of_twice_the_batch_and_resume_as_one(tmp_path
 
 def test_sharded_adamw_is_torchs_adamw(group):
     network = model()
-    optimizer = common.sharded_adamw([{"params": list(network.parameters())}])
+    optimizer = training.sharded_adamw([{"params": list(network.parameters())}])
     for ours, theirs in zip(steps(network, optimizer, 0, 20), reference(20), strict=True):
         assert torch.equal(ours, theirs)
 
 
 def test_the_schedule_by_hand():
-    rate = lambda step: common.learning_rate(step, peak=4.0, warmup=4, iters=12)  # noqa: E731
+    rate = lambda step: training.learning_rate(step, peak=4.0, warmup=4, iters=12)  # noqa: E731
     assert [rate(step) for step in range(4)] == [1.0, 2.0, 3.0, 4.0]
     assert rate(4) == 4.0 and rate(8) == pytest.approx(2.0) and rate(12) == pytest.approx(0.0)
     assert rate(6) == pytest.approx(2 * (1 + math.cos(math.pi / 4)))
-    assert common.learning_rate(0, 4.0, 0, 10) == 4.0
-    assert common.learning_rate(1, 4.0, 5, 3) == pytest.approx(1.6)  # a run shorter than its warm-up
+    assert training.learning_rate(0, 4.0, 0, 10) == 4.0
+    assert training.learning_rate(1, 4.0, 5, 3) == pytest.approx(1.6)  # a run shorter than its warm-up
 
 
-def trained_checkpoint(folder: Path, step: int, args=None) -> tuple[common.Checkpoint, nn.Module]:
+def trained_checkpoint(folder: Path, step: int, args=None) -> tuple[training.Checkpoint, nn.Module]:
     network = model()
-    optimizer = common.sharded_adamw([{"params": list(network.parameters())}])
+    optimizer = training.sharded_adamw([{"params": list(network.parameters())}])
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     trained = dict(network.named_parameters())
-    checkpoint = common.Checkpoint(folder, args or arguments(), trained, optimizer, scaler, "data")
+    checkpoint = new_checkpoint(folder, args or arguments(), trained, optimizer, scaler)
     if step:
         steps(network, optimizer, 0, step)
         checkpoint.save(step)
@@ -186,12 +192,12 @@ def test_nothing_to_resume_starts_at_zero(group, tmp_path, capfd):
 
 
 def test_the_log_averages_between_lines_and_stops_at_a_nan(group, tmp_path):
-    log = common.Log(tmp_path, 0, 10, every=4)
+    log = training.Log(tmp_path, 0, 10, every=4)
     y = [{"image_id": 7, "skipped": ["a.jpg"]}, {"image_id": 8}]
     for step, (task, loss) in enumerate([("a", 1.0), ("b", 5.0), ("a", 3.0), ("a", 2.0)], 1):
         log.add(step, task, y, torch.tensor(loss), {"part": torch.tensor(loss / 2)}, 0.1, False)
-    (line,) = (tmp_path / "log.jsonl").read_text().splitlines()
-    assert json.loads(line) == {
+    (line,) = logged(tmp_path)
+    assert line == {
         "step": 4, "lr": 0.1, "a/loss": 2.0, "a/part": 1.0, "b/loss": 5.0, "b/part": 2.5, "skipped_images": 4
     }  # fmt: skip
     shown = {"a": 0.98 * (0.98 * 1.0 + 0.02 * 3.0) + 0.02 * 2.0, "b": 5.0}  # moving averages, by hand
@@ -202,14 +208,40 @@ def test_the_log_averages_between_lines_and_stops_at_a_nan(group, tmp_path):
         log.add(7, "b", y, torch.tensor(1.0), {"part": torch.tensor(1.0)}, 0.1, save=True)
     with open(tmp_path / "log.jsonl", "a") as file:
         file.write('{"step": 8, "lr": 0.1}\n{"step": 9, "l')  # after the checkpoint; cut short by a kill
-    common.Log(tmp_path, 4, 10, every=4)
+    training.Log(tmp_path, 4, 10, every=4)
     assert [json.loads(x)["step"] for x in (tmp_path / "log.jsonl").read_text().splitlines()] == [4]
+
+
+def test_the_log_says_how_fast_the_steps_were_and_what_they_waited_for(group, tmp_path, monkeypatch):
+    """By hand: batches that come after 3 s and after 1 s, steps of 1 s; 2 images a step."""
+    now = [100.0]
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def stream(seconds: float):
+        while True:
+            now[0] += seconds
+            yield [{"image_id": 1}, {"image_id": 2}]
+
+    log = training.Log(tmp_path, 0, 8, every=2)
+    slow, quick = stream(3.0), stream(1.0)
+    for step in range(1, 7):
+        y = log.next(slow if step <= 4 else quick)
+        now[0] += 1.0
+        log.add(step, "a", y, torch.tensor(1.0), {}, 0.1, save=step == 5)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 5, 6]
+    keys = ("seconds", "waiting", "images_per_second")
+    speeds = [tuple(line[key] for key in keys) for line in lines]
+    assert speeds == [(4.0, 0.75, 0.5), (4.0, 0.75, 0.5), (2.0, 0.5, 1.0), (2.0, 0.5, 1.0)]
+    assert "images/s=1" in str(log.bar)
 
 
 def test_an_fp16_overflow_is_not_an_error(group):
     network = model()
-    optimizer = common.sharded_adamw([{"params": list(network.parameters())}])
-    norm = common.minimize(network(torch.ones(1, 6)).sum() * math.inf, optimizer, torch.amp.GradScaler("cpu"))
+    optimizer = training.sharded_adamw([{"params": list(network.parameters())}])
+    norm = training.minimize(
+        network(torch.ones(1, 6)).sum() * math.inf, optimizer, torch.amp.GradScaler("cpu")
+    )
     assert norm == 0
     for ours, theirs in zip(network.parameters(), model().parameters(), strict=True):
         assert torch.equal(ours, theirs)  # the scaler has skipped the step
