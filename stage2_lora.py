@@ -151,34 +151,34 @@ def main() -> None:
     log.say([f"{out}: {'M' if args.full else 'dW'}* after {args.iters} steps"])
 
 
-def task_probs(tasks: list[str], probs: list[float] | None) -> list[float]:
+def task_probs(names: list[str], probs: list[float] | None) -> list[float]:
     """P(alpha_n), by default the paper's, rescaled. Raises ValueError if --probs is no distribution."""
-    if len(set(tasks)) < len(tasks):
-        raise ValueError(f"--tasks names a task twice: {' '.join(tasks)}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"--tasks names a task twice: {' '.join(names)}")
     if probs is None:
-        probs = [tasks.find(task).prob for task in tasks]
+        probs = [tasks.find(name).prob for name in names]
         return [prob / sum(probs) for prob in probs]
-    if len(probs) != len(tasks):
-        raise ValueError(f"--probs has {len(probs)} values for {len(tasks)} --tasks ({' '.join(tasks)})")
+    if len(probs) != len(names):
+        raise ValueError(f"--probs has {len(probs)} values for {len(names)} --tasks ({' '.join(names)})")
     if not (min(probs) >= 0 and abs(sum(probs) - 1) < 1e-6):
         raise ValueError(f"--probs must be at least 0 and sum to 1, got {probs} (sum {sum(probs):g})")
     return [prob / sum(probs) for prob in probs]
 
 
-def task_order(tasks: list[str], probs: list[float], iters: int, seed: int) -> list[str]:
+def task_order(names: list[str], probs: list[float], iters: int, seed: int) -> list[str]:
     """The task of every step, drawn from P(alpha_n)."""
-    return np.random.default_rng(seed).choice(tasks, size=iters, p=probs).tolist()
+    return np.random.default_rng(seed).choice(names, size=iters, p=probs).tolist()
 
 
-def task_batches(tasks: list[str], values: list[str]) -> dict[str, int]:
+def task_batches(names: list[str], values: list[str]) -> dict[str, int]:
     """Batch per task, from `--batch 2` or `--batch detection=1 captioning=8`. Raises ValueError for else."""
-    batches = {task: tasks.find(task).batch2 for task in tasks}
+    sizes = {name: tasks.find(name).batch2 for name in names}
     for value in ",".join(values).split(",") if values else []:
-        task, _, number = value.rpartition("=")
-        if not number.isdecimal() or int(number) < 1 or (task and task not in tasks):
-            raise ValueError(f"--batch {value}: expected N or TASK=N, N >= 1, TASK one of {' '.join(tasks)}")
-        batches.update({task: int(number)} if task else dict.fromkeys(tasks, int(number)))
-    return batches
+        name, _, number = value.rpartition("=")
+        if not number.isdecimal() or int(number) < 1 or (name and name not in names):
+            raise ValueError(f"--batch {value}: expected N or TASK=N, N >= 1, TASK one of {' '.join(names)}")
+        sizes.update({name: int(number)} if name else dict.fromkeys(names, int(number)))
+    return sizes
 
 
 if __name__ == "__main__":

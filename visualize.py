@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as TF
 
 import evaluation
+import files
 import lora
 import tasks
 from backbone import (
@@ -88,7 +89,7 @@ def main() -> None:
     if args.kind == "curves":
         return curves(args.logs, args.out)
     check_options(args)
-    files = find_images(args.images)[: args.limit]
+    pictures = find_images(args.images)[: args.limit]
 
     # --- model
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -101,9 +102,9 @@ def main() -> None:
     # --- loop
     args.out.mkdir(parents=True, exist_ok=True)
     if args.kind == "attention":
-        attention(backbone, set_M, variants, files, args)
+        attention(backbone, set_M, variants, pictures, args)
     else:
-        predict(backbone, set_M, variants, files, args)
+        predict(backbone, set_M, variants, pictures, args)
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -154,14 +155,14 @@ def cls_attention(backbone: Backbone, images: Tensor) -> Tensor:
     return seen[0][:, :, 0, -H * W :].float().unflatten(-1, (H, W))
 
 
-def attention(backbone: Backbone, set_M, variants: list[str], files: list[Path], args) -> None:
+def attention(backbone: Backbone, set_M, variants: list[str], pictures: list[Path], args) -> None:
     """NAME.npz and NAME.png for each file: a row for each variant, the mean and then each attention head."""
     if not backbone.has_cls:
         raise ValueError(f"--model {args.model}{' --no-cls' * args.no_cls}: there is no [CLS] to look from")
     side = args.size or backbone.vit.patch_embed.img_size[0]
     if side % backbone.patch:
         raise ValueError(f"--size {side}: must be a multiple of the patch, {backbone.patch}")
-    for path in files:
+    for path in pictures:
         pixels = TF.resize(files.read_picture(path), [side, side], antialias=True)
         image = TF.normalize(TF.to_dtype(pixels, scale=True), backbone.mean, backbone.std)
         maps = {}
@@ -211,13 +212,13 @@ def finish(axes: np.ndarray, out: Path) -> None:
 # --- predictions
 
 
-def predict(backbone: Backbone, set_M, variants: list[str], files: list[Path], args) -> None:
+def predict(backbone: Backbone, set_M, variants: list[str], pictures: list[Path], args) -> None:
     """NAME_TASK.png for each file and task: the picture with the answers, one column for each variant."""
     persons = read_persons(args.persons) if args.persons else None
     for task in args.tasks:
         path = tasks.find_head(args.heads, task, backbone_settings(args))
         head = tasks.load_head(path, backbone.dim).to(next(backbone.parameters()).device)
-        for file in files:
+        for file in pictures:
             pixels, answers = files.read_picture(file), {}
             if task == "pose":
                 samples = crops(pixels, file, persons, backbone.patch, args.image_scale)
