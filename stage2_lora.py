@@ -172,13 +172,13 @@ def task_order(names: list[str], probs: list[float], iters: int, seed: int) -> l
 
 def task_batches(names: list[str], values: list[str]) -> dict[str, int]:
     """Batch per task, from `--batch 2` or `--batch detection=1 captioning=8`. Raises ValueError for else."""
-    sizes = {name: tasks.find(name).batch2 for name in names}
+    batches = {name: tasks.find(name).batch2 for name in names}
     for value in ",".join(values).split(",") if values else []:
-        name, _, number = value.rpartition("=")
-        if not number.isdecimal() or int(number) < 1 or (name and name not in names):
+        task, _, number = value.rpartition("=")
+        if not number.isdecimal() or int(number) < 1 or (task and task not in names):
             raise ValueError(f"--batch {value}: expected N or TASK=N, N >= 1, TASK one of {' '.join(names)}")
-        sizes.update({name: int(number)} if name else dict.fromkeys(names, int(number)))
-    return sizes
+        batches.update({task: int(number)} if task else dict.fromkeys(names, int(number)))
+    return batches
 
 
 if __name__ == "__main__":
