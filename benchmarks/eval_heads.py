@@ -28,10 +28,10 @@ sys.path.insert(
 
 import backbone as vit
 import eval_heads
-import panoptic_quality
-from data import pose, validation
+import tasks
+from data.validation import open_items
 from demo import world
-from heads import by_task
+from scores import panoptic_quality
 
 
 def segments(rng, height: int, width: int, count: int) -> tuple[np.ndarray, list[dict]]:
@@ -69,15 +69,13 @@ def quality_seconds(folder: Path, count: int, distinct: int = 50) -> float:
 
 def loops(task: str, backbone, folder: Path, args) -> dict[str, list[float]]:
     """Seconds for each batch of the bare backbone, and of the evaluation."""
-    if task == "pose":
-        items = pose.PersonBoxes(folder, "val2017", args.image_scale)
-    else:
-        items = validation.Images(folder, task, "val2017", args.image_scale)
+    options = argparse.Namespace(coco=folder, split="val2017", image_scale=args.image_scale, limit=None)
+    options.persons, options.out, options.seed = None, folder / "out", 0
+    items = open_items(task, options)
     items.patch = backbone.patch
     torch.manual_seed(0)
-    head = by_task.HEADS[task](backbone.dim, items.categories).eval()
-    options = argparse.Namespace(fast_eval=False, out=folder / "out", seed=0)
-    scorer = eval_heads.SCORERS[task](items, head, options)
+    head = tasks.find(task).Head(backbone.dim, items.categories).eval()
+    scorer = eval_heads.scorer_of(task)(items, head, options)
     collate = partial(items.collate, patch=backbone.patch, mean=backbone.mean, std=backbone.std)
     batches = [collate([items[i % len(items)]]) for i in range(args.rounds + 1)]
     seconds = {"bare": [], "evaluation": []}

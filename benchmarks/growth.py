@@ -27,9 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this fold
 from memory import LiveBytes, batch_of
 
 import backbone as vit
-import common
 import lora
-from heads import by_task
+import tasks
+import training
 
 BASE = {"tokens": 256, "depth": 6, "batch": 1, "ranks": 1}  # tokens of each image; [CLS] comes to them
 GROWS = {"tokens": (64, 256, 576, 1024), "depth": (3, 6, 12), "batch": (1, 2, 4), "ranks": (1, 2)}
@@ -41,16 +41,16 @@ def stage_2(tokens: int, depth: int, batch: int, blocks: int):
     backbone.vit.blocks = nn.ModuleList(copy.deepcopy(backbone.vit.blocks[0]) for _ in range(depth))
     backbone.recompute = depth if blocks < 0 else blocks
     trained = list(lora.parameters(lora.attach(backbone.vit, rank=64)).values())
-    M = common.parallel(backbone, torch.device("cpu"))
-    head = by_task.HEADS["detection"](backbone.dim, [{"id": i} for i in range(80)])
+    M = training.parallel(backbone, torch.device("cpu"))
+    head = tasks.find("detection").Head(backbone.dim, [{"id": i} for i in range(80)])
     head.requires_grad_(False).eval()
-    optimizer = common.sharded_adamw([{"params": trained}])
+    optimizer = training.sharded_adamw([{"params": trained}])
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     images, y = batch_of("detection", batch, (14 * round(tokens**0.5),) * 2, targets=7)
 
     def step() -> None:
         loss, _ = head.loss(M(images), y)
-        common.minimize(loss, optimizer, scaler)
+        training.minimize(loss, optimizer, scaler)
 
     return step
 

@@ -20,12 +20,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder, which has a lora.py too
 
-import common
-import heads
 import stage2_lora
-from data import coco
-from data.streams import open_stream
-from heads import by_task
+import tasks
+import training
 
 TASKS = ("detection", "segmentation", "captioning")
 
@@ -40,23 +37,19 @@ def main() -> None:
     args = p.parse_args()
 
     waits, ends = [], []
-    batches, add = coco.batches, common.Log.add
+    fetch, add = training.Log.next, training.Log.add
 
-    def timed(*arguments):
-        return clocked(batches(*arguments))
-
-    def clocked(stream):
-        while True:
-            start = time.perf_counter()
-            batch = next(stream)
-            waits.append(time.perf_counter() - start)
-            yield batch
+    def fetched(self, stream):
+        start = time.perf_counter()
+        batch = fetch(self, stream)
+        waits.append(time.perf_counter() - start)
+        return batch
 
     def added(self, step, task, *rest):
         add(self, step, task, *rest)
         ends.append((task, time.perf_counter()))
 
-    coco.batches, common.Log.add = timed, added
+    training.Log.next, training.Log.add = fetched, added
     with tempfile.TemporaryDirectory() as out:
         same = dict(
             coco=args.coco, split="train2017", seed=0, image_scale=1.0, data_fraction=1.0, captions=None
@@ -64,13 +57,13 @@ def main() -> None:
         same |= dict(exclude_images=None, min_count=6, skip_bad_images=False)
         torch.manual_seed(0)
         for task in TASKS:
-            head = by_task.HEADS[task](192, open_stream(task, Namespace(**same)).classes)
-            heads.save(head, Path(out) / f"{task}.safetensors", task)
+            head = tasks.find(task).Head(192, tasks.open_stream(task, Namespace(**same)).classes)
+            tasks.save_head(head, Path(out) / f"{task}.safetensors", task)
         options = dict(model="eva_mini", weights="random", coco=args.coco, heads=out, out=f"{out}/visft")
         options |= {"iters": args.iters, "workers": args.workers, "image-scale": args.image_scale}
         sys.argv = ["stage2_lora.py", *(str(x) for k, v in options.items() for x in (f"--{k}", v))]
         stage2_lora.main()
-    coco.batches, common.Log.add = batches, add
+    training.Log.next, training.Log.add = fetch, add
 
     times = [b - a for (_, a), (_, b) in zip(ends, ends[1:], strict=False)]  # of steps 1, 2, ...
     steps = list(zip([task for task, _ in ends[1:]], times, waits[1:], strict=True))[args.skip :]

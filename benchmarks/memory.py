@@ -35,10 +35,11 @@ from torch.utils.flop_counter import flop_registry
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder, which has a lora.py too
 
 import backbone as vit
-import common
 import lora
-from heads import by_task
+import tasks
+import training
 from heads.matching import Matches
+from ranks import DTYPES
 
 SIZES = {  # batch, side in pixels at most: what data/ makes with the paper's options and patches of 14
     "detection": (1, 672),
@@ -111,8 +112,8 @@ def build(model: str, rank: int) -> tuple[vit.Backbone, dict[str, nn.Module]]:
         backbone = vit.Backbone(model)
         lora.attach(backbone.vit, rank)
         classes = {task: vocabulary if task == "captioning" else categories for task in SIZES}
-        task_heads = {task: by_task.HEADS[task](backbone.dim, c) for task, c in classes.items()}
-    return backbone, {task: head.requires_grad_(False).eval() for task, head in task_heads.items()}
+        heads = {task: tasks.find(task).Head(backbone.dim, c) for task, c in classes.items()}
+    return backbone, {task: head.requires_grad_(False).eval() for task, head in heads.items()}
 
 
 def materialize(module: nn.Module, frozen: torch.dtype) -> list[Tensor]:
@@ -152,14 +153,14 @@ def account(
     targets: int = 20,
     dtype: torch.dtype = torch.bfloat16,
     world: int = 1,
-    tasks: tuple[str, ...] = tuple(SIZES),
+    loaded: tuple[str, ...] = tuple(SIZES),
 ) -> dict[str, int]:
     """Bytes of one step of stage 2 by what they are for, their peak, and its floating point operations.
 
-    blocks: recomputed in the backward pass (None: all); tasks: whose heads are loaded
+    blocks: recomputed in the backward pass (None: all); loaded: the tasks whose heads are
     """
     batch, size = batch or SIZES[task][0], size or (SIZES[task][1],) * 2
-    backbone, task_heads = build(model, rank)
+    backbone, heads = build(model, rank)
     backbone.recompute = len(backbone.vit.blocks) if blocks is None else blocks
     found, live = {}, LiveBytes()
 
@@ -175,8 +176,8 @@ def account(
             for t in weights:
                 live.add(t)
             now = since("M", own)
-            for name in tasks:
-                for t in materialize(task_heads[name], torch.float32):
+            for name in loaded:
+                for t in materialize(heads[name], torch.float32):
                     live.add(t)
             since("T", now)
             # LoRA; its gradients, always there as DDP's buckets; AdamW's two moments, this rank's share
@@ -191,7 +192,7 @@ def account(
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                 f = backbone(images)
             now = since("kept in M", now)
-            loss, _ = task_heads[task].loss(f, y)
+            loss, _ = heads[task].loss(f, y)
             now = since("kept in T", now)
             loss.backward()
     del moments
@@ -207,15 +208,15 @@ def sent_in_a_step(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     backbone = vit.load("eva_mini", "random")
     trained = list(lora.parameters(lora.attach(backbone.vit, rank=64)).values())
-    M = common.parallel(backbone, torch.device("cpu"))
-    head = by_task.HEADS["detection"](backbone.dim, [{"id": 1}])
+    M = training.parallel(backbone, torch.device("cpu"))
+    head = tasks.find("detection").Head(backbone.dim, [{"id": 1}])
     head.requires_grad_(False).eval()
-    optimizer = common.sharded_adamw([{"params": trained}])
+    optimizer = training.sharded_adamw([{"params": trained}])
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     images, y = batch_of("detection", 1, (112, 112), targets=2)
     for _ in range(3):  # DDP sorts its buckets in the second
         with torch.profiler.profile(record_shapes=True) as seen:
-            common.minimize(head.loss(M(images), y)[0], optimizer, scaler)
+            training.minimize(head.loss(M(images), y)[0], optimizer, scaler)
     if rank == 0:
         calls = {"parameters": sum(p.numel() for p in trained)}
         for event in seen.events():
@@ -244,7 +245,7 @@ def main() -> None:
     p.add_argument("--rank", type=int, default=64, help="r of LoRA (Sec. 3.2: 64)")
     p.add_argument("--targets", type=int, default=20, help="objects of each image (COCO: 7 on average)")
     p.add_argument("--ranks", type=int, default=8, help="over which AdamW's state is spread (Sec. 4.2: 8)")
-    p.add_argument("--dtype", choices=common.DTYPES, default="bf16", help="of the frozen ViT")
+    p.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the frozen ViT")
     p.add_argument("--tflops", nargs="+", type=float, default=[50, 400], help="speeds to assume, TFLOP/s")
     p.add_argument(
         "--link", type=float, default=25.0, help="GB/s that each GPU sends (25: a 200 Gbit/s port)"
@@ -265,7 +266,7 @@ def main() -> None:
                     task,
                     None if blocks < 0 else blocks,
                     args.batch,
-                    dtype=common.DTYPES[args.dtype],
+                    dtype=DTYPES[args.dtype],
                     **options,
                 )
                 results[f"{model} {task} {blocks}"] = found

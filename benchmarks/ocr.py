@@ -26,9 +26,10 @@ from PIL import Image, ImageDraw, ImageFont
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder, which has a lora.py too
 
 import backbone as vit
-import common
 import eval_ocr
 from data import words
+from ranks import Ranks, launch, start
+from training import minimize, sharded_adamw
 
 
 def write_set(path: Path, count: int) -> list[bytes]:
@@ -74,11 +75,11 @@ def reading(sets: dict, pictures: list[bytes], size: tuple[int, int], rounds: in
     return {name: len(read) / statistics.median(t[1:]) for name, t in times.items()}
 
 
-def steps(args: Namespace, stream: words.WordStream, ranks: common.Ranks, rounds: int) -> dict[str, float]:
+def steps(args: Namespace, stream: words.WordStream, ranks: Ranks, rounds: int) -> dict[str, float]:
     """Milliseconds per step."""
     backbone = vit.load(args.model, "random", ranks.dtype, ranks.device)
     head = eval_ocr.new_head(args, backbone).to(ranks.device).train()
-    optimizer = common.sharded_adamw([{"params": list(head.parameters())}])
+    optimizer = sharded_adamw([{"params": list(head.parameters())}])
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=ranks.dtype == torch.float16)
     images = torch.randn(args.batch, 3, *args.size, device=ranks.device)
     y = [{"label": "word"}] * args.batch
@@ -98,7 +99,7 @@ def steps(args: Namespace, stream: words.WordStream, ranks: common.Ranks, rounds
 
     def head_step():
         for _ in range(args.steps):
-            common.minimize(head.loss(f, y)[0], optimizer, scaler)
+            minimize(head.loss(f, y)[0], optimizer, scaler)
         wait()
 
     def train(n: int):
@@ -129,11 +130,11 @@ def main() -> None:
     p.add_argument("--threads", type=int, default=2, help="of torch")
     args = p.parse_args()
     torch.set_num_threads(args.threads)
-    fixed = dict(size=(224, 224), charset=36, reading="tokens", seed=0, lr=1e-4, warmup=0, resume=False)
+    fixed = dict(size=(224, 224), charset=36, seed=0, lr=1e-4, warmup=0, resume=False)
     fixed |= dict(save_every=10**9, log_every=10**9, lora=None, no_cls=False, imagenet_norm=False)
     fixed |= dict(cache=None)
     settings = Namespace(**vars(args), **fixed, backbone_dtype="auto")
-    ranks = common.start(settings)
+    ranks = start(settings, p)
     with tempfile.TemporaryDirectory() as folder:
         pictures = write_set(Path(folder) / "set", args.words)
         sets = words.find([folder])
@@ -152,4 +153,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.launch(main)
+    launch(main)

@@ -20,15 +20,19 @@ from torchvision.transforms.v2 import functional as TF
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that ours are found from any folder
 
 import backbone as vit
-import common
-from data import coco
-from heads.mask2former import Mask2Former, to_coco_results
+import training
+from data.coco import annotation_file
+from data.segmentation import Segmentation
+from data.stream import collate
+from files import read_picture
+from heads.coco_results import mask_results
+from heads.mask2former import Mask2Former
 
 
-def example(stream: coco.Segmentation, row: int, side: int) -> tuple[torch.Tensor, dict]:
+def example(stream: Segmentation, row: int, side: int) -> tuple[torch.Tensor, dict]:
     """One image, its long side resized to `side`, and its target."""
     size = tuple(stream.sizes[row].tolist())
-    image = coco.decode(stream.folder / stream.names[row], size)
+    image = read_picture(stream.folder / stream.names[row], size)
     h, w = (round(s * side / max(size)) for s in size)
     masks = torch.stack([torch.from_numpy(mask) for mask in stream.masks(row)])
     target = {
@@ -56,30 +60,30 @@ def main() -> None:
     torch.manual_seed(0)
     begin = time.perf_counter()
 
-    stream = coco.Segmentation(args.coco, args.split)
+    stream = Segmentation(args.coco, args.split)
     rows = [stream.ids.tolist().index(image) for image in args.images]
     backbone = vit.load("eva_mini", "random")
     samples = [example(stream, row, args.side) for row in rows]
-    images, valid, y = coco.collate(samples, backbone.patch, backbone.mean, backbone.std)
+    images, valid, y = collate(samples, backbone.patch, backbone.mean, backbone.std)
     with torch.no_grad():
         f = backbone(images, valid)
     head = Mask2Former(backbone.dim, stream.categories)
 
-    optimizer = torch.optim.AdamW(head.parameters(), weight_decay=common.WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(head.parameters(), weight_decay=training.WEIGHT_DECAY)
     for step in range(args.iters):
         for group in optimizer.param_groups:
-            group["lr"] = common.learning_rate(step, args.lr, 20, args.iters)
+            group["lr"] = training.learning_rate(step, args.lr, 20, args.iters)
         loss, parts = head.loss(f, y)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(head.parameters(), common.CLIP_GRAD)
+        torch.nn.utils.clip_grad_norm_(head.parameters(), training.CLIP_GRAD)
         optimizer.step()
         optimizer.zero_grad()
         if step % 25 == 24:
             told = " ".join(f"{name} {value:.3f}" for name, value in parts.items())
             print(f"step {step + 1}: loss {loss:.2f} {told}, {time.perf_counter() - begin:.0f} s", flush=True)
 
-    results = to_coco_results(head.eval().predict(f, y), stream.categories)
-    truth = COCO(coco.annotation_file(args.coco, "segmentation", args.split))
+    results = mask_results(head.eval().predict(f, y), stream.categories)
+    truth = COCO(annotation_file(args.coco, "instances", args.split))
     scored = COCOeval(truth, truth.loadRes(results), "segm")
     scored.params.imgIds = args.images
     scored.evaluate()

@@ -38,7 +38,7 @@ QUICK = {  # the shortest run that still goes everywhere
     "evaluations": ["--few", 2, "--many", 8],
     "goi": ["--features", 1000, "--epochs", 1],
     "growth": ["--reps", 1, "--out", "out/growth"],
-    "loaders": ["--iters", 8, "--image-scale", 0.2],
+    "loaders": ["--iters", 10, "--skip", 2, "--image-scale", 0.2],  # segmentation is drawn once
     "lora": ["--reps", 2],
     "memory": ["--models", "eva_mini", "--blocks", 0],
     "mask2former": ["--side", 16, "--repeats", 1],

@@ -40,12 +40,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # before this folder, which has a lora.py too
 
 import backbone as vit  # noqa: E402
-import common  # noqa: E402
 import stage1_heads  # noqa: E402
 import stage2_lora  # noqa: E402
-from data import coco  # noqa: E402
+import tasks  # noqa: E402
+import training  # noqa: E402
 from demo import world  # noqa: E402
-from heads import by_task  # noqa: E402
 
 PARTS = ("data", "M", "T_n", "backward", "update", "sending")
 
@@ -72,20 +71,17 @@ class Clock:
 
         return call
 
-    def batches(self, function):
-        def stream(*args):
-            batches = function(*args)
-            while True:
-                self.begin()
-                yield self.timed("data", lambda: next(batches))()
+    def begin(self, fetch):
+        """Log.next comes first in a step, but for its learning rate."""
 
-        return stream
+        def fetched(*args):
+            self.start = time.perf_counter()
+            if self.count:
+                self.counter = FlopCounterMode(display=False)
+                self.counter.__enter__()
+            return self.timed("data", fetch)(*args)
 
-    def begin(self) -> None:
-        self.start = time.perf_counter()
-        if self.count:
-            self.counter = FlopCounterMode(display=False)
-            self.counter.__enter__()
+        return fetched
 
     def end(self, add):
         """Log.add comes last in a step, before it is saved."""
@@ -141,12 +137,12 @@ class Clock:
     def run(self, script, options: list) -> list[dict]:
         """The script's steps, one dict of seconds each."""
         places = [
-            (coco, "batches", self.batches),
-            (common.Log, "add", self.end),
-            (common, "minimize", lambda function: self.timed("minimize", function)),
+            (training.Log, "next", self.begin),
+            (training.Log, "add", self.end),
+            (training, "minimize", lambda function: self.timed("minimize", function)),
             (vit.Backbone, "forward", lambda function: self.timed("M", function)),
             (torch.Tensor, "backward", self.backward),
-            (common, "parallel", self.parallel),
+            (training, "parallel", self.parallel),
             (dist, "init_process_group", once),
         ]
         if dist.is_torchelastic_launched():
@@ -205,7 +201,7 @@ def ceiling(threads: int) -> float:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--tasks", nargs="+", choices=by_task.HEADS, default=list(by_task.HEADS))
+    p.add_argument("--tasks", nargs="+", choices=tasks.NAMES, default=tasks.NAMES)
     p.add_argument("--iters", type=int, default=12, help="steps of each case")
     p.add_argument("--skip", type=int, default=3, help="first steps that do not count")
     p.add_argument("--batch", type=int, default=4, help="of captioning and pose; the other tasks have 1")

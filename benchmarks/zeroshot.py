@@ -35,9 +35,11 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder, which has a lora.py too
 
-import common
 import eval_zeroshot
 import lora
+from clip import Clip
+from ranks import Ranks
+from scores.ranking import Cosines, recall
 
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
 SIZES = ((640, 480), (1024, 768))  # of (b)
@@ -80,7 +82,7 @@ def loop_seconds(*options) -> float:
     return spent[0]
 
 
-def tower_seconds(clip: eval_zeroshot.Clip, images: torch.Tensor, batch: int) -> float:
+def tower_seconds(clip: Clip, images: torch.Tensor, batch: int) -> float:
     start = time.perf_counter()
     for pixels in images.split(batch):
         clip.image_features(pixels)
@@ -107,7 +109,7 @@ def retrieval_seconds(captions: int, images: int, dim: int) -> dict:
         features.div_(features.norm(dim=1, keepdim=True))
     image_of = torch.arange(captions) % images
     start = time.perf_counter()
-    eval_zeroshot.recall(eval_zeroshot.Cosines(W, f), image_of)
+    recall(Cosines(W, f), image_of)
     total = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     memory = {"peak_gb": peak * 1024e-9, "without_imports_gb": (peak - before) * 1024e-9}  # from KiB
@@ -160,10 +162,10 @@ def main() -> None:
             clip = ("--clip", root / f"bench_{tower}.json", "--clip-weights", "random")
             return loop_seconds("classification", *clip, "--set", f"x={images}", *common_options, *options)
 
-        ranks = common.Ranks(0, 1, torch.device("cpu"), torch.float32)
-        bare = eval_zeroshot.Clip("bench_0", "random", ranks, seed=0)
+        ranks = Ranks(0, 1, torch.device("cpu"), torch.float32)
+        bare = Clip("bench_0", "random", ranks, seed=0)
         memory = torch.randn(args.images, 3, 224, 224)
-        small = eval_zeroshot.Clip("bench_1", "random", ranks, 0).tower
+        small = Clip("bench_1", "random", ranks, 0).tower
         lora.save(lora.attach(small, rank=4), root / "lora.safetensors", backbone="test_vit")
 
         with_lora = ("--lora", root / "lora.safetensors")

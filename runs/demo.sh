@@ -11,7 +11,7 @@ cd "$(dirname "$0")/.."
 OUT=${1:-${OUT:-out/demo}}
 SEEDS=${SEEDS:-1}
 [[ $SEEDS =~ ^[1-9][0-9]*$ ]] || { echo "demo.sh: SEEDS must be a number from 1 on, got $SEEDS" >&2; exit 2; }
-VERSION=$(cat runs/demo.sh demo/*.py demo/*.json demo/*.safetensors ./*.py heads/*.py data/*.py | sha256sum | cut -c1-16)
+VERSION=$(cat runs/demo.sh demo/*.py demo/*.json demo/*.safetensors ./*.py heads/*.py data/*.py scores/*.py | sha256sum | cut -c1-16)
 if [ -e "$OUT" ] && [ "$(cat "$OUT/version" 2>/dev/null)" != "$VERSION" ]; then
     echo "demo.sh: $OUT exists and is not of this version of the code; nothing was changed. Remove it, or name" \
         "another folder: make demo OUT=FOLDER" >&2

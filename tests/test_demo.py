@@ -23,6 +23,7 @@ TRAIN = 800  # training scenes of runs/demo.sh
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
     """The committed model, its transform and its tokenizer, by open_clip alone, from another folder."""
+    vit.register_models()
     here = os.getcwd()
     os.chdir(tmp_path_factory.mktemp("elsewhere"))
     try:
