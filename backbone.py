@@ -9,6 +9,7 @@ of LoRA.
 """
 
 import argparse
+import math
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -77,12 +78,16 @@ class Backbone(nn.Module):
     name: eva_g, eva_e, eva_mini, eva_g_blip2, or the name of any timm ViT
     use_cls: False drops [CLS] and its kin from the sequence, as the authors' release does in training
     pretrained: timm downloads the weights
-    Raises ValueError for a name that timm does not have or a model that is not a plain ViT.
+    Raises ValueError for a name that timm does not have or a model that is not a plain ViT: one convolution,
+    then [CLS] and registers (either, both or neither) and the patches through the same blocks.
     """
 
     def __init__(self, name: str, use_cls: bool = True, pretrained: bool = False):
         super().__init__()
         import timm
+        from timm.layers import PatchEmbed
+        from timm.models.eva import Eva
+        from timm.models.vision_transformer import VisionTransformer
 
         register_models()
         timm_name = TIMM_NAMES.get(name, name)
@@ -94,17 +99,21 @@ class Backbone(nn.Module):
         self.recompute: int | None = 0  # how many of the first blocks are computed again in the backward pass
         self.memory = 0.0  # bytes that a step may take, for recompute None: as few blocks as these ask
         self.kept_per_token = 0.0
-        options = dict(pretrained=pretrained, num_classes=0, global_pool="", dynamic_img_size=True)
+        options = dict(pretrained=pretrained, num_classes=0, dynamic_img_size=True)
         try:
             self.vit = timm.create_model(timm_name, **options)
         except (TypeError, RuntimeError) as error:  # not a ViT: other options; no weights to download
             raise ValueError(f"--model {name}: timm cannot build it as a plain ViT: {error}") from error
-        needed = ("patch_embed", "pos_embed", "cls_token", "blocks", "norm", "norm_pre", "num_prefix_tokens")
-        missing = [attribute for attribute in needed if not hasattr(self.vit, attribute)]
-        if missing or getattr(self.vit, "rope_mixed", False):
-            raise ValueError(
-                f"--model {name}: not a plain ViT (lacks {', '.join(missing) or 'one RoPE for all blocks'})"
-            )
+        if type(self.vit) not in (Eva, VisionTransformer):
+            raise ValueError(f"--model {name}: not a plain ViT of timm's but a {type(self.vit).__name__}")
+        if not isinstance(self.vit.patch_embed, PatchEmbed):
+            embed = type(self.vit.patch_embed).__name__
+            raise ValueError(f"--model {name}: not a plain ViT: patches from {embed}, not one convolution")
+        self.vit.reset_classifier(0, "")  # no pooling; the norm that some have behind it stays
+        if not use_cls:  # else timm's attention leaves as many tokens at the front without RoPE
+            for module in self.vit.blocks.modules():
+                if hasattr(module, "num_prefix_tokens"):
+                    module.num_prefix_tokens = 0
         self.dim: int = self.vit.embed_dim
         self.patch: int = self.vit.patch_embed.patch_size[0]
         self.mean, self.std = self.vit.pretrained_cfg["mean"], self.vit.pretrained_cfg["std"]
@@ -118,18 +127,19 @@ class Backbone(nn.Module):
         """
         if valid is not None:
             valid = valid[:, :: self.patch, :: self.patch]  # (B, H, W): a patch with any image in it counts
-        x, rope, (H, W) = self._embed(images, valid)  # (B, N, D), N = prefix + H * W
+        x, (H, W) = self._embed(images, valid)  # (B, N, D), N = prefix + H * W
         mask = None
         if valid is not None:  # padding is never a key, so an image's features do not depend on its batch
             mask = F.pad(valid.flatten(1), (x.shape[1] - H * W, 0), value=True)[:, None, None]  # (B, 1, 1, N)
-        where = {"attn_mask": mask} if rope is None else {"attn_mask": mask, "rope": rope}
+        rope = self._rotations(H, W, valid)  # one for each block
         recompute = self.fewest_blocks(*x.shape[:2]) if self.recompute is None else self.recompute
         for i, block in enumerate(self.vit.blocks):
+            where = {"attn_mask": mask} if rope is None else {"attn_mask": mask, "rope": rope[i]}
             if i < recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, **where)
             else:
                 x = block(x, **where)
-        x = self.vit.norm(x).float()
+        x = self.vit.fc_norm(self.vit.norm(x)).float()  # timm's ViTs have one of them, or none
         grid = x[:, -H * W :].transpose(1, 2).unflatten(2, (H, W))  # (B, D, H, W)
         return Features(x[:, 0] if self.has_cls else None, grid, valid)
 
@@ -151,16 +161,20 @@ class Backbone(nn.Module):
     def _kept_per_token(self) -> float:
         """Bytes that the backward pass keeps of a block for each token, counted on the last one."""
         own = {p.untyped_storage().data_ptr() for p in self.parameters()}
-        block, weight, kept, N = self.vit.blocks[-1].forward, self.vit.patch_embed.proj.weight, {}, 1024
+        block, weight, kept = self.vit.blocks[-1].forward, self.vit.patch_embed.proj.weight, {}
+        N = 32 * 32 + (self.vit.num_prefix_tokens if self.use_cls else 0)
+        rope = self._rotations(32, 32, None)
+        where = {} if rope is None else {"rope": rope[-1].clone()}  # of what all share, a block's part
+        x = torch.zeros(1, N, self.dim, dtype=weight.dtype, device=weight.device)
 
         def pack(t: Tensor) -> Tensor:
             kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
             return t
 
         with torch.no_grad():
-            x = block(torch.zeros(1, N, self.dim, dtype=weight.dtype, device=weight.device))
+            x = block(x, **where)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            out = block(x.requires_grad_())  # its graph holds what is counted: no address is used twice
+            out = block(x.requires_grad_(), **where)  # its graph holds what is counted: no address used twice
         del out
         return sum(size for address, size in kept.items() if address not in own) / N
 
@@ -168,7 +182,7 @@ class Backbone(nn.Module):
     def has_cls(self) -> bool:
         return self.use_cls and self.vit.cls_token is not None
 
-    def _embed(self, images: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
+    def _embed(self, images: Tensor, valid: Tensor | None) -> tuple[Tensor, tuple[int, int]]:
         """Patch, class and position embeddings, the last resized by plain bicubic interpolation as in EVA."""
         vit = self.vit
         if images.shape[2] % self.patch or images.shape[3] % self.patch:
@@ -187,14 +201,7 @@ class Backbone(nn.Module):
             x = torch.cat([*prefix, x], 1) + self._positions(H, W, valid)
         if not self.use_cls:
             x = x[:, vit.num_prefix_tokens :]
-        rope = getattr(vit, "rope", None)
-        if rope is not None:
-            if valid is not None:
-                raise ValueError(
-                    f"{self.name} has rotary positions, one grid for the whole batch: use --batch 1"
-                )
-            rope = rope.get_embed(shape=(H, W))
-        return vit.norm_pre(x), rope, (H, W)
+        return vit.norm_pre(x), (H, W)
 
     def _positions(self, H: int, W: int, valid: Tensor | None) -> Tensor:
         """(1 or B, prefix + H * W, D), stretched over the valid part of each image.
@@ -217,6 +224,35 @@ class Backbone(nn.Module):
             grid = F.grid_sample(grid, at.to(grid.dtype), "bicubic", "border", align_corners=False)
         grid = grid.flatten(2).transpose(1, 2).to(pos.dtype)  # (1 or B, H * W, D)
         return torch.cat([prefix.expand(len(grid), -1, -1), grid], 1)
+
+    def _rotations(self, H: int, W: int, valid: Tensor | None) -> Tensor | None:
+        """RoPE's sines and cosines, each image's grid of its own; None without RoPE.
+
+        (depth, 1 or B, 1 or heads, H * W, 2 d) for heads of width d, as timm's attention takes them.
+        Most count patches from the upper left corner, so that padding changes nothing. Two depend on the size
+        of the image: EVA-02's and PE's stretch the grid of pretraining over it, DINOv3's goes from -1 to 1.
+        timm wants that size on the host; it is known on the device only, so they are computed here.
+        """
+        rope, depth = getattr(self.vit, "rope", None), len(self.vit.blocks)
+        if rope is None:
+            return None
+        centered = hasattr(rope, "periods")  # DINOv3's
+        if valid is None or not (centered or getattr(rope, "ref_feat_shape", None)):
+            table = rope.get_embed(shape=(H, W))
+            return table[:, None] if self.vit.rope_mixed else table.expand(depth, 1, 1, -1, -1)
+        y, x = (torch.arange(n, device=valid.device).float() + rope.grid_offset for n in (H, W))
+        h, w = valid[:, :, :1].sum(1), valid[:, :1].sum(2)  # (B, 1)
+        if centered:
+            y, x, bands = (y + 0.5) / h * 2 - 1, (x + 0.5) / w * 2 - 1, 2 * math.pi / rope.periods
+        else:
+            (h0, w0), bands = rope.ref_feat_shape, rope.bands
+            y, x = y / h * h0, x / w * w0  # (B, H), (B, W)
+        at = torch.stack([y[:, :, None].expand(-1, -1, W), x[:, None].expand(-1, H, -1)], -1)  # (B, H, W, 2)
+        at = at.flip(-1) if rope.grid_indexing == "xy" else at
+        angles = (at[..., None] * bands).flatten(3).flatten(1, 2)  # (B, H * W, d / 2)
+        table = torch.stack([angles.sin(), angles.cos()], -2)  # (B, H * W, 2, d / 2)
+        table = torch.cat([table, table], -1) if rope.rotate_half else table.repeat_interleave(2, -1)
+        return table.flatten(-2)[:, None].expand(depth, -1, -1, -1, -1)
 
 
 # --- which M, by options or by name
@@ -289,7 +325,7 @@ def load(name: str, weights: str, dtype=torch.float32, device="cpu", seed: int =
 
     state = weight_files.read(weights)
     state = weight_files.tower(state, weight_files.recognize(state) or "timm")
-    state = {k: v for k, v in state.items() if not k.startswith("head.")}  # the CLIP projection is not M
+    state = {k: v for k, v in state.items() if not k.startswith(("head.", "attn_pool."))}  # not of M
     with torch.device("meta"):
         backbone = Backbone(name, use_cls)
     vit = backbone.vit

@@ -45,6 +45,7 @@ QUICK = {  # the shortest run that still goes everywhere
     "ocr": ["--words", 20, "--rounds", 1, "--steps", 1],
     "overfit": ["--iters", 1, "--side", 112],
     "reading": ["--words", 64, "--iters", 2],
+    "rope": ["--depth", 1, "--rounds", 2],
     "steps": ["--iters", 2, "--skip", 1, "--image-scale", 0.2],
     "world": ["--scenes", 10, "--rounds", 1],
     "zeroshot": ["--images", 8, "--repeats", 1],

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from torch.profiler import ProfilerActivity, profile
 
@@ -18,9 +19,9 @@ CATEGORIES = [{"id": i, "name": str(i)} for i in range(80)]
 SIZES = {"detection": 672, "segmentation": 1024}  # px at --image-scale 1
 
 
-def tuned(**changed) -> vit.Backbone:
-    """eva_mini with LoRA that has an effect."""
-    backbone = vit.load("eva_mini", "random", **changed)
+def tuned(name: str = "eva_mini", **changed) -> vit.Backbone:
+    """With LoRA that has an effect."""
+    backbone = vit.load(name, "random", **changed)
     torch.manual_seed(0)
     for name, p in lora.parameters(lora.attach(backbone.vit, rank=4)).items():
         if name.endswith("lora_B"):
@@ -71,6 +72,23 @@ def test_auto_recomputes_as_few_blocks_as_the_memory_asks(monkeypatch):
     assert chosen[:2] == [6, 6] and chosen[-1] == 0
     assert chosen == sorted(chosen, reverse=True) and len(set(chosen)) > 3
     assert backbone.fewest_blocks(B, N // 4) == 0  # smaller images have room
+
+
+@pytest.mark.parametrize("name", ["eva_mini", "vit_small_patch16_dinov3"])
+def test_what_a_block_keeps_is_counted_with_its_rotary_positions(monkeypatch, name):
+    """Of the sines and cosines each block counts a copy, 5% of what it keeps; in fact all share one."""
+    create, sizes = timm.create_model, dict(depth=3, embed_dim=192, num_heads=3)
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: create(name, **sizes, **options))
+    backbone = tuned(name)
+    images = torch.randn(1, 3, 32 * backbone.patch, 32 * backbone.patch)
+    kept = []
+    for backbone.recompute in (1, 2):
+        with memory.LiveBytes() as live:
+            f = backbone(images)
+        kept.append(live.now)
+        del f
+    real = (kept[0] - kept[1]) / (1024 + backbone.vit.num_prefix_tokens) + 4 * backbone.dim  # and its input
+    assert real <= backbone._kept_per_token() <= 1.06 * real
 
 
 def allocator_peak(prof: profile) -> int:
