@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import common
+import ranks
 from demo import world
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -60,7 +60,7 @@ def run(monkeypatch, capfd):
     def run_script(script: str, *options) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, options)])
         with pytest.raises(SystemExit) as stop:
-            common.launch(importlib.import_module(script).main)
+            ranks.launch(importlib.import_module(script).main)
         out, err = capfd.readouterr()
         return stop.value.code, out, err
 
@@ -74,7 +74,7 @@ def _rank(rank: int, env: dict, script: str, options: tuple, said: Path) -> None
         os.dup2(sys.stdout.fileno(), descriptor)
     os.environ.update(env, RANK=str(rank), LOCAL_RANK=str(rank))
     sys.argv = [f"{script}.py", *map(str, options)]
-    common.launch(importlib.import_module(script).main)
+    ranks.launch(importlib.import_module(script).main)
 
 
 @pytest.fixture
