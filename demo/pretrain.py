@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import backbone  # noqa: E402, F401  registers eva_mini
-import common  # noqa: E402
+import ranks  # noqa: E402
+from backbone import register_models  # noqa: E402
 from demo import world  # noqa: E402
 
 SIDE, CONTEXT = 128, 24  # pictures are kept a little larger than the model's 112 px, to crop from
@@ -174,6 +174,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
 
     # --- model
+    register_models()
     open_clip.add_model_config(Path(__file__).with_name("eva_mini_clip.json"))
     start_from = str(args.weights) if args.weights else None
     model, _, preprocess = open_clip.create_model_and_transforms("eva_mini_clip", start_from)
@@ -250,4 +251,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.launch(main)
+    ranks.launch(main)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import panoptic_quality as pq
+from scores import panoptic_quality as pq
 
 CATEGORIES = [
     {"id": 1, "name": "person", "isthing": True},
