@@ -180,6 +180,7 @@ class PanopticQuality:
     def __init__(self, items, head, args):
         content = read_json(items.annotations, ("annotations",))
         self.truth = {a["image_id"]: a for a in content["annotations"]}
+        self.image_ids = items.image_ids
         self.pngs, self.out = items.annotations.with_suffix(""), Path(args.out)
         self.categories, self.seed = head.config["categories"], args.seed
 
@@ -187,6 +188,9 @@ class PanopticQuality:
         from heads.coco_results import write_panoptic
         from scores.panoptic_quality import image_counts, read_segments
 
+        if answer["image_id"] not in self.truth:
+            what = "1 images are predicted for, but are not in the annotations"
+            raise ValueError(f"{what}: {answer['image_id']}")
         truth = self.truth[answer["image_id"]]
         png = self.pngs / truth["file_name"]
         segments, predicted = read_segments(png), answer["segments"].cpu().numpy()
@@ -203,6 +207,8 @@ class PanopticQuality:
         from scores.panoptic_quality import panoptic_quality
 
         annotations, counts = zip(*kept, strict=True)
+        if missing := set(self.image_ids) - {a["image_id"] for a in annotations}:
+            raise ValueError(f"{len(missing)} images have no prediction: {min(missing)}")
         scores = panoptic_quality(sum(counts), self.categories)
         predictions = {"annotations": list(annotations), "categories": self.categories}
         return predictions, {k: 100 * float(v) for k, v in scores.items()}, np.stack(counts)

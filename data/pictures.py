@@ -27,7 +27,8 @@ class Pictures(Dataset):
         try:
             return i, self.transform(open_picture(self.images[i]))
         except BadImage as error:
-            return i, f"{self.images[i]} {error}"
+            cause = error.__cause__
+            return i, f"{self.images[i]}: {type(cause).__name__}: {cause}"
 
 
 def collate(items: list[tuple[int, Tensor | str]]) -> tuple[Tensor, Tensor | None, dict[int, str]]:

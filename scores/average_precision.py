@@ -15,12 +15,11 @@ def average_precision(annotations, results: list[dict], kind: str, image_ids: li
     """
     with contextlib.redirect_stdout(io.StringIO()):  # they talk
         truth = COCO(str(annotations))
-        for what, have, ids in (
-            ("image", truth.imgs, {r["image_id"] for r in results}),
-            ("category", truth.cats, {r["category_id"] for r in results}),
-        ):
-            if unknown := sorted(ids - set(have)):
-                raise ValueError(f"{annotations} has no {what} {', '.join(map(str, unknown[:5]))}")
+        if stray := sorted({r["image_id"] for r in results} - set(truth.imgs)):
+            what = "images are predicted for, but are not in the annotations"
+            raise ValueError(f"{len(stray)} {what}: {', '.join(map(str, stray[:5]))}")
+        if stray := sorted({r["category_id"] for r in results} - set(truth.cats)):
+            raise ValueError(f"{annotations} has no category {', '.join(map(str, stray[:5]))}")
         nothing = COCO()
         nothing.dataset = {**truth.dataset, "annotations": []}
         nothing.createIndex()

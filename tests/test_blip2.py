@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 from transformers import AutoTokenizer, Blip2Processor, BlipImageProcessor
 
-import backbone  # noqa: F401 registers eva_mini with timm
+import backbone
 import blip2
 import lora
 from tests import tiny_blip2
@@ -44,6 +44,7 @@ def images():
 def lora_file(path, depth: int, width: int = 96, seed: int = 0):
     """dW of a timm EVA of the tower's width, as stage 2 would have written it."""
     size = dict(patch_size=14, embed_dim=width, depth=depth, num_heads=4, num_classes=0)
+    backbone.register_models()
     vit = lora.attach(timm.create_model("eva_mini", **size), rank=4, alpha=4)
     torch.manual_seed(seed)
     for p in lora.parameters(vit).values():
@@ -148,6 +149,7 @@ def test_lora_of_forty_blocks_on_thirty_nine(models, folders, tmp_path, images):
     assert (tuned - plain).abs().max() > 0.1
 
     size = dict(patch_size=14, embed_dim=96, depth=tiny_blip2.BLOCKS + 1, num_heads=4, num_classes=0)
+    backbone.register_models()
     vit = timm.create_model("eva_mini", **size)
     lora.load(vit, tmp_path / "lora.safetensors")
     other = blip2.Blip2(str(folders["opt"]), torch.float32, "cpu")

@@ -27,6 +27,7 @@ def clip(tmp_path_factory):
     here = os.getcwd()
     os.chdir(tmp_path_factory.mktemp("elsewhere"))
     try:
+        vit.register_models()
         open_clip.add_model_config(ROOT / "demo" / "eva_mini_clip.json")
         model, _, preprocess = open_clip.create_model_and_transforms("eva_mini_clip", str(WEIGHTS))
         yield model.eval(), preprocess, open_clip.get_tokenizer("eva_mini_clip")

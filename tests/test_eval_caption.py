@@ -1,4 +1,4 @@
-"""Captions of NoCaps and COCO, end to end on a tiny BLIP-2; caption_scores has tests of its own."""
+"""Captions of NoCaps and COCO, end to end on a tiny BLIP-2; scores/captions.py has tests of its own."""
 
 import json
 from pathlib import Path
@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import caption_scores
 import eval_caption
+from scores import captions as caption_scores
 from tests import tiny_blip2
 from tests.conftest import SHARED
 from tests.test_blip2 import lora_file

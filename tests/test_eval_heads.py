@@ -13,15 +13,15 @@ import torch
 from torch import nn
 
 import backbone as vit
-import caption_scores
 import eval_heads
-import heads
 import lora
-import panoptic_quality
-from data import coco, pose, validation
+import tasks
+from data import persons, stream, validation
 from data.captions import Captions
-from data.streams import open_items
-from heads import by_task
+from data.coco import read_instances
+from data.segmentation import Segmentation
+from scores import captions
+from scores.panoptic_quality import read_segments
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -36,31 +36,19 @@ def read(*parts: str):
 # --- average precision
 
 
-@needs_shared
-@pytest.mark.parametrize("fast", [False, True])
-def test_published_box_figures_come_out(fast):
-    results = read("detection_eval", "results", "instances_val2014_fakebbox100_results.json")
-    expected = read("detection_eval", "expected.json")["instances_val2014_fakebbox100_results.json"]
-    annotations = SHARED / "detection_eval" / "annotations" / "instances_val2014_100.json"
-    ids = [image["id"] for image in json.loads(annotations.read_text())["images"]]
-    scores = eval_heads.average_precision(annotations, results, "bbox", ids, fast)
-    assert list(scores.values()) == pytest.approx([100 * v for v in expected["stats_12"]], abs=1e-9)
-    assert scores["box AP"] == pytest.approx(50.5, abs=0.05) and list(scores)[1] == "box AP50"
-
-
 def truth(task: str, folder: Path, split: str = "val2017", categories=None) -> tuple:
     """A scorer for a task and the answers that a perfect head would give."""
-    items = pose.PersonBoxes(folder, split) if task == "pose" else validation.Images(folder, task, split)
+    items = persons.PersonBoxes(folder, split) if task == "pose" else validation.Images(folder, task, split)
     head = Namespace(config={"categories": items.categories})
-    args = Namespace(fast_eval=False, out=".", seed=0)
-    return items, eval_heads.SCORERS[task](items, head, args)
+    args = Namespace(out=".", seed=0)
+    return items, eval_heads.scorer_of(task)(items, head, args)
 
 
 @pytest.mark.parametrize("task", ["detection", "segmentation"])
 def test_truth_against_itself_scores_100(real_coco, task):
     items, scorer = truth(task, real_coco)
-    data = coco.read_instances(real_coco, "val2017", masks=True)
-    stream, kept = coco.Segmentation(real_coco, "val2017"), []
+    data = read_instances(real_coco, "val2017", masks=True)
+    outlines, kept = Segmentation(real_coco, "val2017"), []
     for row, image_id in enumerate(data.ids):
         mine = slice(data.first[row], data.first[row + 1])
         labels = torch.from_numpy(data.labels[mine])
@@ -68,7 +56,7 @@ def test_truth_against_itself_scores_100(real_coco, task):
         if task == "detection":
             answer["boxes_xyxy"] = torch.from_numpy(data.boxes_xyxy[mine])
         else:
-            masks = [torch.from_numpy(m).bool() for m in stream.masks(row)]
+            masks = [torch.from_numpy(m).bool() for m in outlines.masks(row)]
             answer["masks"] = torch.stack(masks) if masks else torch.zeros(0, 4, 4, dtype=torch.bool)
         kept.append(scorer.keep(answer, "before"))
     results, scores, _ = scorer.score(kept)
@@ -85,31 +73,6 @@ def test_nothing_found_scores_0(scenes):
     assert results == [] and scores["box AP"] == 0 and {v for v in scores.values() if v is not None} == {0}
 
 
-@pytest.mark.parametrize("fast", [False, True])
-def test_bad_results_are_named(scenes, fast):
-    annotations = scenes / "annotations" / "instances_val2017.json"
-    good = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}
-    for change, says in (
-        ({"image_id": 99}, "not in the annotations: 99"),
-        ({"category_id": 50}, "no category 50"),
-    ):
-        with pytest.raises(ValueError, match=says):
-            eval_heads.average_precision(annotations, [good, {**good, **change}], "bbox", [1, 2], fast)
-
-
-def test_only_the_images_evaluated_count(scenes):
-    """All of image 1, nothing of the others."""
-    path = scenes / "annotations" / "instances_val2017.json"
-    results = [
-        {**{k: a[k] for k in ("image_id", "category_id", "bbox")}, "score": 1.0}
-        for a in json.loads(path.read_text())["annotations"]
-        if a["image_id"] == 1
-    ]
-    for fast in (False, True):
-        of = {n: eval_heads.average_precision(path, results, "bbox", range(1, n + 1), fast) for n in (1, 4)}
-        assert of[1]["box AP"] == pytest.approx(100) and of[4]["box AP"] < 90
-
-
 # --- panoptic
 
 
@@ -120,7 +83,7 @@ def test_panoptic_truth_against_itself_scores_100(real_coco, tmp_path):
         kept[variant] = []
         for image_id in items.image_ids:
             known = scorer.truth[image_id]
-            ids = panoptic_quality.read_segments(scorer.pngs / known["file_name"])
+            ids = read_segments(scorer.pngs / known["file_name"])
             infos = [
                 {k: s[k] for k in ("id", "category_id")} for s in known["segments_info"] if not s["iscrowd"]
             ]
@@ -161,58 +124,9 @@ def test_a_broken_panoptic_answer_is_named(real_coco, tmp_path):
 # --- captions
 
 
-@needs_shared
-@pytest.mark.skipif(not caption_scores.has_java(), reason="needs Java")
-def test_published_caption_figures_come_out(capfd):
-    expected = read("caption_eval", "expected.json")
-    references = read("caption_eval", "clipscore_example", "refs.json")
-    for name in ("good_captions.json", "bad_captions.json"):
-        scores = caption_scores.caption_scores(references, read("caption_eval", "clipscore_example", name))
-        wanted = expected[f"clipscore_example/{name}"]
-        assert scores["cider"] == pytest.approx(wanted["CIDEr"], abs=5e-5)
-        assert scores["bleu4"] == pytest.approx(wanted["Bleu_4"], abs=5e-5)
-    folder = SHARED / "caption_eval" / "nlg_eval_example"
-    hyp, *refs = ((folder / f"{n}.txt").read_text().splitlines() for n in ("hyp", "ref1", "ref2"))
-    scores = caption_scores.caption_scores(dict(enumerate(zip(*refs, strict=True))), dict(enumerate(hyp)))
-    wanted = expected["nlg_eval_example"]
-    assert scores["cider"] == pytest.approx(wanted["CIDEr"], abs=5e-7)
-    assert scores["bleu4"] == pytest.approx(wanted["Bleu_4"], abs=5e-7)
-    assert np.mean(list(scores["per_image"].values())) == pytest.approx(scores["cider"])
-    assert "2 images are too few" in scores["notes"][0]
-
-
-@pytest.mark.skipif(not caption_scores.has_java(), reason="needs Java")
-def test_captions_of_any_kind_keep_their_lines():
-    """Line separators within a caption, and captions without a word, do not shift the others."""
-    tokens = caption_scores.ptb_tokens({7: ["A\u2028dog's\nball.", ""], 3: ["Café, red!"], 5: [""]})
-    assert tokens == {7: ["a dog 's ball", ""], 3: ["café red"], 5: [""]}
-
-
-def test_without_java_the_scores_have_other_names(monkeypatch):
-    monkeypatch.setenv("PATH", "/nowhere")
-    assert not caption_scores.has_java()
-    references = {
-        i: [f"A {c} cat, sitting on the mat.", "the dog"] for i, c in enumerate(("red", "blue", "big"))
-    }
-    scores = caption_scores.caption_scores(references, {i: c[0].lower() for i, c in references.items()})
-    assert {"cider_simple_tok", "bleu4_simple_tok"} < set(scores) and not {"cider", "bleu4"} & set(scores)
-    assert scores["bleu4_simple_tok"] == pytest.approx(1) and "no Java" in scores["notes"][0]
-
-
-def test_bad_captions_are_named():
-    for candidates, says in (
-        ({1: "a"}, "have no prediction: 2"),
-        ({1: "a", 2: "b", 3: "c"}, "annotations: 3"),
-    ):
-        with pytest.raises(ValueError, match=says):
-            caption_scores.caption_scores({1: ["a"], 2: ["b"]}, candidates)
-    with pytest.raises(ValueError, match="no reference caption, the first is 2"):
-        caption_scores.caption_scores({1: ["a"], 2: []}, {1: "a", 2: "b"})
-
-
 def test_captions_are_scored_by_image(scenes, monkeypatch):
     """Made-up answers in the captioner's form; the paired interval is that of the per-image CIDEr."""
-    monkeypatch.setattr(caption_scores, "has_java", lambda: False)
+    monkeypatch.setattr(captions, "has_java", lambda: False)
     items, scorer = truth("captioning", scenes)
     assert sorted(map(len, scorer.references.values())) == [5, 5, 5, 5] and items.categories == []
     kept = {
@@ -276,10 +190,10 @@ def made(scenes, tmp_path_factory) -> Path:
     torch.manual_seed(0)
     for task in ("detection", "segmentation", "panoptic", "pose"):
         args = Namespace(coco=scenes, split="val2017", image_scale=0.2, limit=None, persons=None)
-        head = by_task.HEADS[task](192, open_items(task, args).categories)
+        head = tasks.find(task).Head(192, validation.open_items(task, args).categories)
         for p in head.parameters():
             nn.init.normal_(p, std=0.08) if p.dim() > 1 else None  # else all queries answer alike
-        heads.save(head, out / f"{task}.safetensors", task, backbone="eva_mini", no_cls=False)
+        tasks.save_head(head, out / f"{task}.safetensors", task, backbone="eva_mini", no_cls=False)
     backbone = vit.load("eva_mini", "random")
     lora.attach(backbone.vit, 4)
     for p in lora.parameters(backbone.vit).values():
@@ -371,11 +285,11 @@ def test_what_cannot_be_is_one_line(scenes, real_coco, made, tmp_path, run):
 def captioner(scenes, made) -> Path:
     """A random captioner whose captions end, and differ from image to image."""
     torch.manual_seed(0)
-    head = by_task.HEADS["captioning"](192, Captions(scenes, "train2017", min_count=1).vocabulary)
+    head = tasks.find("captioning").Head(192, Captions(scenes, "train2017", min_count=1).vocabulary)
     for name, p in head.named_parameters():
         p.data *= 1 if p.dim() < 2 else 8 if name.startswith(("fc", "embedding")) else 3
     head.fc.bias.data[-1] = 3
-    heads.save(head, made / "captioning.safetensors", "captioning", backbone="eva_mini", no_cls=False)
+    tasks.save_head(head, made / "captioning.safetensors", "captioning", backbone="eva_mini", no_cls=False)
     return made / "captioning.safetensors"
 
 
@@ -389,12 +303,12 @@ def caption_rows(scenes, said: dict) -> list[list]:
     scores = []
     for variant in ("before", "after"):
         candidates = {s["image_id"]: s["caption"] for s in said.get(variant, ())}
-        found = caption_scores.caption_scores(references, candidates) if candidates else {}
+        found = captions.caption_scores(references, candidates) if candidates else {}
         scores.append([100 * v for v in found.values() if isinstance(v, float)] or [None] * 2)
     return [pytest.approx(list(both), abs=1e-9) for both in zip(*scores, strict=True)]
 
 
-@pytest.mark.skipif(not caption_scores.has_java(), reason="needs Java")
+@pytest.mark.skipif(not captions.has_java(), reason="needs Java")
 def test_captions_are_scored_by_the_script(scenes, made, captioner, tmp_path, run):
     more = ("--limit", 2, "--lora", made / "lora.safetensors")
     code, text, err = run("eval_heads", *options("captioning", scenes, captioner, tmp_path, *more))
@@ -407,12 +321,12 @@ def test_captions_are_scored_by_the_script(scenes, made, captioner, tmp_path, ru
 
 def test_captions_before_and_after(scenes, made, captioner, tmp_path, run, monkeypatch):
     """They are those of the images on their own, after: through merged weights; the rows are their scores."""
-    monkeypatch.setattr(caption_scores, "has_java", lambda: False)
+    monkeypatch.setattr(captions, "has_java", lambda: False)
     tuned = made / "lora.safetensors"
     more = ("--batch", 3, "--compare", tuned)
     code, text, err = run("eval_heads", *options("captioning", scenes, captioner, tmp_path, *more))
     assert code == 0, err
-    head, backbone, said = by_task.load(captioner, 192), vit.load("eva_mini", "random"), {}
+    head, backbone, said = tasks.load_head(captioner, 192), vit.load("eva_mini", "random"), {}
     lora.load(backbone.vit, tuned)
     items = validation.Images(scenes, "captioning", "val2017", scale=0.2)
     items.patch = backbone.patch
@@ -462,7 +376,7 @@ def test_missing_and_unknown_predictions_are_named(real_coco, tmp_path, task):
 
 
 def test_images_are_normalized_as_told(scenes, made, tmp_path, run, monkeypatch):
-    seen, collate = [], coco.collate
+    seen, collate = [], stream.collate
     spy = staticmethod(lambda s, patch, mean, std: seen.append((mean, std)) or collate(s, patch, mean, std))
     monkeypatch.setattr(validation.Images, "collate", spy)
     for more in ((), ("--imagenet-norm",)):
@@ -475,7 +389,7 @@ def test_ctrl_c_is_one_line_and_leaves_nothing(scenes, made, tmp_path, run, monk
     def predict(self, f, y):
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(by_task.HEADS["detection"], "predict", predict)
+    monkeypatch.setattr(tasks.find("detection").Head, "predict", predict)
     code, _, err = run("eval_heads", *options("detection", scenes, made, tmp_path / "out"))
     assert code == 130 and err.splitlines()[-1].startswith("eval_heads.py: interrupted")
     assert "Traceback" not in err and not (tmp_path / "out").exists()

@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import backbone as vit
-import common
 import eval_zeroshot
 import lora
+from clip import Clip, _architecture
 from data import zeroshot
+from ranks import Ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = {"red": "a red thing", "green": "a green thing", "blue": "a blue thing", "grey": "something grey"}
@@ -42,6 +43,7 @@ def model(tmp_path_factory, pictures) -> dict[str, Path]:
     }
     files["config"].write_text(json.dumps(config))
     open_clip.add_model_config(files["config"])
+    vit.register_models()
     torch.manual_seed(0)
     made, _, transform = open_clip.create_model_and_transforms("test_clip")
     images = [transform(Image.open(p).convert("RGB")) for p in sorted(pictures.glob("set/*/[0-3].png"))]
@@ -190,12 +192,12 @@ def test_two_ranks_are_one_process(model, pictures, base, run, run_ranks, tmp_pa
 @pytest.fixture
 def group():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield common.Ranks(0, 1, torch.device("cpu"), torch.float32)
+    yield Ranks(0, 1, torch.device("cpu"), torch.float32)
     dist.destroy_process_group()
 
 
 def test_classifier_and_pixels_are_open_clips(model, pictures, group):
-    clip = eval_zeroshot.Clip("test_clip", str(model["weights"]), group, seed=0)
+    clip = Clip("test_clip", str(model["weights"]), group, seed=0)
     theirs, _, transform = open_clip.create_model_and_transforms("test_clip", str(model["weights"]))
     names, templates = zeroshot.class_list("imagenet-a", Path())
     names, tokenize = list(names.values())[:12], open_clip.get_tokenizer("test_clip")
@@ -305,7 +307,7 @@ def test_paper_towers_take_the_papers_lora():
     """open_clip calls EVA-ViT-G eva_giant_patch14_224, timm eva_giant_patch14_clip_224."""
     for clip, ours in (("EVA01-g-14", "eva_g"), ("EVA02-E-14-plus", "eva_e")):
         tower = open_clip.get_model_config(clip)["vision_cfg"]["timm_model_name"]
-        assert eval_zeroshot._architecture(tower) == eval_zeroshot._architecture(vit.TIMM_NAMES[ours])
+        assert _architecture(tower) == _architecture(vit.TIMM_NAMES[ours])
 
 
 def test_algorithm_3_can_be_found():

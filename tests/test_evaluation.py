@@ -10,15 +10,16 @@ import torch.distributed as dist
 from scipy.stats import bootstrap
 from torch import nn
 
-import common
 import evaluation
 import lora
+from backbone import add_backbone_options
+from ranks import Ranks, gather
 
 
 def options(*words) -> argparse.Namespace:
     p = argparse.ArgumentParser()
     evaluation.add_options(p, "out/x", 8)
-    evaluation.add_backbone_options(p)
+    add_backbone_options(p)
     return p.parse_args(list(map(str, words)))
 
 
@@ -66,7 +67,7 @@ class Numbers(torch.utils.data.Dataset):
 def test_shares_cover_every_item_once(world):
     args, seen = options("--workers", 0, "--batch", 2), []
     for rank in range(world):
-        ranks = common.Ranks(rank, world, torch.device("cpu"), torch.float32)
+        ranks = Ranks(rank, world, torch.device("cpu"), torch.float32)
         seen += [int(i) for batch in evaluation.loader(Numbers(), args, ranks) for i in batch]
     assert sorted(seen) == list(range(7))
 
@@ -81,7 +82,7 @@ def group():
 def test_gather_and_result(group, tmp_path):
     weights = tmp_path / "weights.bin"
     weights.write_bytes(b"abc")
-    assert list(evaluation.gather({2: "b", 1: "a"}).items()) == [(1, "a"), (2, "b")]
+    assert list(gather({2: "b", 1: "a"}).items()) == [(1, "a"), (2, "b")]
     args = options("--out", tmp_path, "--limit", 3)
     evaluation.write_result(args, {"accuracy": 0.5}, [str(weights), "random", None])
     result = json.loads((tmp_path / "result.json").read_text())

@@ -11,7 +11,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from data import goi
-from data.coco import BadImage
+from files import BadImage
 
 SIZE = (28, 42)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import evaluation
+from answers import Answers
 from data import vqa
 from tests import tiny_blip2
 from tests.conftest import SHARED
@@ -283,7 +283,7 @@ def test_killed_and_resumed_is_uninterrupted(tmp_path, run, run_ranks, blip, mon
     code, *_ = run("eval_vqa", *options, "--out", tmp_path / "whole")
     assert code == 0
     out = tmp_path / "cut"
-    path, add = out / "answers_0.jsonl", evaluation.Answers.add
+    path, add = out / "answers_0.jsonl", Answers.add
 
     def killed(self, items, answers):
         add(self, items, answers)
@@ -291,7 +291,7 @@ def test_killed_and_resumed_is_uninterrupted(tmp_path, run, run_ranks, blip, mon
             os.kill(os.getpid(), signal.SIGKILL)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation.Answers, "add", killed)
+        patch.setattr(Answers, "add", killed)
         codes, outs = run_ranks(1, "eval_vqa", *options, "--out", out)
     assert codes == [-signal.SIGKILL], outs
     kept = path.read_text()

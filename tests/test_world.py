@@ -14,7 +14,9 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
-from data import coco
+from data.coco import read_ids
+from data.detection import Detection
+from data.segmentation import PanopticSegmentation, Segmentation
 from demo import world
 
 SIZES = dict(train=12, val=28, words=20, size=96, seed=3)
@@ -179,10 +181,10 @@ def test_captions_tell_the_truth():
 
 def test_our_readers_take_it(made):
     folder = made / "coco"
-    for stream in (coco.Detection, coco.Segmentation, coco.Panoptic):
+    for stream in (Detection, Segmentation, PanopticSegmentation):
         image, target = stream(folder, "val2017", scale=0.15)[0, 14]
         assert len(image) == 3 and len(target["labels"])
-    excluded = coco.read_ids(folder / "dataset_coco.json")
+    excluded = read_ids(folder / "dataset_coco.json")
     content = json.loads((folder / "dataset_coco.json").read_text())
     assert Counter(i["split"] for i in content["images"]) == {"train": 12, "val": 14, "test": 14}
     assert len(excluded) == 28 and len({i["cocoid"] for i in content["images"]}) == 40
