@@ -61,7 +61,9 @@ def reference(last: int) -> list[torch.Tensor]:
 
 
 def new_checkpoint(folder: Path, args, trained: dict, optimizer, scaler) -> training.Checkpoint:
-    return training.Checkpoint(folder, args, trained, optimizer, scaler, "data", training.MAY_CHANGE)
+    return training.Checkpoint(
+        folder, args, trained, optimizer, scaler, {"data": "data"}, training.MAY_CHANGE
+    )
 
 
 def two_ranks(rank: int, world: int, folder: str) -> None:
@@ -175,7 +177,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_again_unasked(gr
 def test_resuming_with_other_options_lists_them(group, tmp_path):
     trained_checkpoint(tmp_path, 1)
     changed, _ = trained_checkpoint(tmp_path, 0, arguments(lr=0.2, batch=3, workers=9, out="y"))
-    changed.data = "other data"
+    changed.made_of = {"data": "other data"}
     with pytest.raises(
         ValueError, match=r"lr was 0.1, is 0.2; batch was 2, is 3; data was data, is other data"
     ):
