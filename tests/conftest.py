@@ -31,23 +31,28 @@ def pytest_unconfigure():
     gc.unfreeze()
 
 
-def real(name: str) -> Path:
-    """A folder or file of the real data; skips the test where it is not."""
-    if not (SHARED / name).exists():
-        pytest.skip(f"needs {name} of the real data, which is not in {SHARED} (VISFT_DATA)")
-    return SHARED / name
+@pytest.fixture(scope="session")
+def real_data():
+    """real_data("ocr") -> that folder or file of the real data; the test is skipped where it is not."""
+
+    def find(name: str) -> Path:
+        if not (SHARED / name).exists():
+            pytest.skip(f"needs {name} of the real data, which is not in {SHARED}: set VISFT_DATA")
+        return SHARED / name
+
+    return find
 
 
 @pytest.fixture(scope="session")
-def real_coco() -> Path:
+def real_coco(real_data) -> Path:
     """50 + 50 real COCO images with their annotations."""
-    return real("coco")
+    return real_data("coco")
 
 
 @pytest.fixture(scope="session")
-def real_ocr() -> Path:
+def real_ocr(real_data) -> Path:
     """284 real word crops with a gt.txt."""
-    return real("ocr")
+    return real_data("ocr")
 
 
 @pytest.fixture(scope="session")

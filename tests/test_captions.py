@@ -56,9 +56,9 @@ def test_real_captions_are_pycocotools(real_coco):
     assert {stream[p, 14][1]["image_id"] for p in range(50)} == set(reference.imgs)  # an epoch
 
 
-def test_a_karpathy_json_gives_its_train_sentences_alone(real_coco, tmp_path):
+def test_a_karpathy_json_gives_its_train_sentences_alone(real_coco, real_data, tmp_path):
     """Real images, 40 train and 10 val in train2017. Its tokens are ours, but for apostrophes at the ends."""
-    path = real_coco.parent / "retrieval" / "dataset_coco_mini.json"
+    path = real_data("retrieval/dataset_coco_mini.json")
     images = json.loads(path.read_text())["images"]
     for image, sentence in ((i, s) for i in images for s in i["sentences"]):
         ours, theirs = tokenize(sentence["raw"]), [t.strip("'") for t in sentence["tokens"]]

@@ -22,9 +22,9 @@ from transformers import Blip2Config, Blip2ForConditionalGeneration
 
 import backbone as vit
 import convert
-import heads
 import lora
-from heads import by_task
+import tasks
+import weights as weight_files
 
 SIZE = dict(patch_size=14, embed_dim=192, num_heads=3, mlp_ratio=4, global_pool="token")
 WIDTH = 192
@@ -150,7 +150,7 @@ def test_eva_clips_original_names_as_timm_reads_them(files):
     model = timm.create_model("eva_mini", num_classes=32)
     original = torch.load(files / "eva_clip.pt", weights_only=True)["state_dict"]
     theirs = checkpoint_filter_fn({k.removeprefix("module."): v for k, v in original.items()}, model)
-    ours = vit.tower(vit.read(files / "eva_clip.pt"), "eva_clip")
+    ours = weight_files.tower(weight_files.read(files / "eva_clip.pt"), "eva_clip")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())
 
@@ -296,9 +296,9 @@ def imported(task: str, tmp_path: Path, run, *options) -> tuple[dict[str, Tensor
         "convert", "import", tmp_path / "heads.ckpt", tmp_path / f"{task}.safetensors", *options
     )
     assert code == 0, err
-    assert heads.find([tmp_path], task, dict(backbone="eva_mini", no_cls=True, imagenet_norm=True))
+    assert tasks.find_head([tmp_path], task, dict(backbone="eva_mini", no_cls=True, imagenet_norm=True))
     release = {k.removeprefix("visft_heads."): v for k, v in release.items() if "segment_head." not in k}
-    return release, by_task.load(tmp_path / f"{task}.safetensors", WIDTH), out
+    return release, tasks.load_head(tmp_path / f"{task}.safetensors", WIDTH), out
 
 
 @pytest.mark.parametrize(
@@ -737,6 +737,7 @@ def test_ctrl_c_leaves_nothing(files, tmp_path, run, monkeypatch, dst, to):
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(convert, "save_file", write_half)
+    monkeypatch.setattr("files.save_file", write_half)
     monkeypatch.setattr(torch, "save", write_half)
     if "." in dst:
         (tmp_path / dst).write_bytes(b"as it was")

@@ -16,6 +16,8 @@ from transformers import Blip2VisionConfig, Blip2VisionModel, CLIPVisionConfig, 
 import backbone as vit
 import lora
 
+vit.register_models()
+
 
 def fused_without_bias_parameters() -> nn.Module:
     return timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=2)

@@ -327,11 +327,11 @@ def test_half_of_a_person_is_centred_on_its_keypoints(people):
     assert 40 < len(crops) < 80 and 0.3 < np.mean(which) < 0.7
 
 
-def test_real_keypoints_come_back_from_their_own_heat_maps(real_coco):
+def test_real_keypoints_come_back_from_their_own_heat_maps(real_coco, real_data):
     """To half a heat-map pixel, and with OKS AP 1, through the boxes of two real annotation files."""
     head, crop = pose_head.Pose(D, CATEGORIES), (224, 168)
     head.decoder = nn.Identity()
-    for folder in (real_coco, real_coco.parent / "keypoint_topdown"):
+    for folder in (real_coco, real_data("keypoint_topdown")):
         items = PersonBoxes(folder, "val2017")
         items.patch, kept, count = 14, [], torch.zeros(2)
         for i in range(len(items)):
