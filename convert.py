@@ -70,7 +70,7 @@ RELEASE = {
 NEEDED = {"open_clip": ("open_clip", "eva_clip"), "blip2": ("blip2", "blip2_vision")}  # others: any tower
 SUFFIX = {"timm": ".safetensors", "open_clip": ".safetensors", "eva_clip": ".pt", "blip2": "", "peft": ""}
 USE = {  # what the model card says about loading
-    "timm": 'timm.create_model("{timm}", {more}checkpoint_path="{dst}")',
+    "timm": 'timm.create_model("{timm}", num_classes=0, {more}checkpoint_path="{dst}")',
     "open_clip": 'open_clip.create_model_and_transforms(NAME, pretrained="{dst}")  # NAME of --weights',
     "eva_clip": 'eva_clip.create_model_and_transforms(NAME, "{dst}", force_custom_clip=True)',
     "blip2": 'transformers.Blip2ForConditionalGeneration.from_pretrained("{dst}")',
@@ -275,7 +275,10 @@ def export(args: argparse.Namespace) -> None:
     if args.lora != "none":
         header, updates, told = read_lora(args.lora, tower, source, args.weights)
 
-    use = how_to_use(args, name, tower)
+    if args.to == "timm" and (head := [k for k in tower if k.startswith("head.")]):
+        told.append(f"left out: {' and '.join(head)}, CLIP's projection, which is not M's")
+        tower = {k: v for k, v in tower.items() if k not in head}
+    use = how_to_use(args, name)
     text = card(args, name, header, told, use)
     if args.to == "peft":
         write_peft(dst, updates, header, source, args.weights, text)
@@ -292,11 +295,9 @@ def export(args: argparse.Namespace) -> None:
     print(f"{dst}: {args.weights} ({source}) + {args.lora}", *told, use, sep="\n  ")
 
 
-def how_to_use(args: argparse.Namespace, name: str, tower: dict[str, Tensor]) -> str:
+def how_to_use(args: argparse.Namespace, name: str) -> str:
     """The line that loads DST."""
     timm, more = "eva_g" if name == "eva_g_blip2" else name, ""
-    if args.to == "timm" and not any(k.startswith("head.") for k in tower):
-        more = "num_classes=0, "
     if name not in MODELS.values():  # others may average the patches, under another name of the norm
         more += 'global_pool="token", '
     more += "depth=39, " * (name == "eva_g_blip2")
@@ -349,7 +350,16 @@ def write_blip2(dst: Path, base: Path, updates: dict[str, lora.LoRALinear], text
             content = json.loads(index.read_text())
             content["metadata"] = {**content.get("metadata", {}), "total_size": total}
             index.write_text(json.dumps(content, indent=2))
+        if updates:
+            config = json.loads((part / "config.json").read_text())
+            (part / "config.json").write_text(json.dumps({**in_fp32(config), "dtype": "float32"}, indent=2))
         (part / "README.md").write_text(text)
+
+
+def in_fp32(config: dict) -> dict:
+    """A config of transformers', or one within it, for which it loads fp32 and does not round dW away."""
+    content = {k: in_fp32(v) if isinstance(v, dict) else v for k, v in config.items()}
+    return {k: "float32" if k in ("dtype", "torch_dtype") else v for k, v in content.items()}
 
 
 def write_peft(dst: Path, updates: dict, header: dict, source: str, weights: str, text: str) -> None:

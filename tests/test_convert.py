@@ -429,13 +429,19 @@ def test_a_file_with_more_heads_asks_which(tmp_path, run):
 
 
 def test_timm_loads_the_export(files, tmp_path, run):
-    for weights, classes in (("timm.safetensors", 0), ("eva_clip.pt", 32)):
-        dst = tmp_path / f"{classes}.safetensors"
-        options = ("--weights", files / weights, "--lora", files / "lora.safetensors", "--to", "timm")
+    """By the line that it prints, also where the backbone file has CLIP's projection."""
+    for weights in ("timm.safetensors", "eva_clip.pt", "with_head.safetensors"):
+        if weights == "with_head.safetensors":
+            code, _, err = run("convert", "import", files / "eva_clip.pt", tmp_path / weights)
+            assert code == 0 and "head.weight" in load_file(tmp_path / weights), err
+        weights = (tmp_path if weights == "with_head.safetensors" else files) / weights
+        dst = tmp_path / f"{weights.stem}_out.safetensors"
+        options = ("--weights", weights, "--lora", files / "lora.safetensors", "--to", "timm")
         code, out, err = run("convert", "export", dst, *options)
         assert code == 0, err
-        assert ("num_classes=0" in out) == (classes == 0)
-        model = timm.create_model("eva_mini", num_classes=classes, checkpoint_path=str(dst)).eval()
+        line = f'timm.create_model("eva_mini", num_classes=0, checkpoint_path="{dst}")'
+        assert line in out and ("left out: head." in out) == (weights.stem != "timm")
+        model = eval(line).eval()
         with torch.no_grad():
             torch.testing.assert_close(model.forward_features(IMAGES), tuned(files), **ONE)
 
@@ -490,6 +496,32 @@ def test_transformers_loads_the_export(files, tmp_path, run, folder, model):
     assert (dst / "tokenizer.json").read_text() == "{}"
     index = json.loads((dst / "model.safetensors.index.json").read_text())
     assert index == json.loads((files / folder / "model.safetensors.index.json").read_text())
+
+
+@pytest.mark.parametrize("stored", ["float16", "bfloat16"])
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_transformers_loads_the_export_of_a_half_precision_blip2_in_fp32(files, tmp_path, run, stored, key):
+    """Its config names the type that from_pretrained takes: 16 bit would round the update away again."""
+    src, dst = tmp_path / "half", tmp_path / "out"
+    half = Blip2ForConditionalGeneration.from_pretrained(files / "blip2", dtype=getattr(torch, stored))
+    half.save_pretrained(src)
+    config = json.loads((src / "config.json").read_text())
+    del config["dtype"]  # in fp16 the Q-Former stays in fp32, so that this names fp32
+    config[key] = config["text_config"][key] = config["vision_config"][key] = stored
+    (src / "config.json").write_text(json.dumps(config))
+    code, _, err = run(
+        "convert", "export", dst, "--weights", src, "--lora", files / "lora.safetensors", "--to", "blip2"
+    )
+    assert code == 0, err
+    after = Blip2ForConditionalGeneration.from_pretrained(dst)
+    assert {p.dtype for p in after.parameters()} == {torch.float32}
+    ours = vit.load("eva_mini", str(src))
+    lora.load(ours.vit, files / "lora.safetensors")
+    with torch.no_grad():
+        for block, layer in zip(ours.vit.blocks, after.vision_model.encoder.layers, strict=True):
+            qkv = block.attn.qkv
+            torch.testing.assert_close(layer.self_attn.qkv.weight, qkv.weight + qkv.delta(), **ONE)
+    assert stored not in (dst / "config.json").read_text()
 
 
 def test_peft_loads_the_export(files, tmp_path, run):
