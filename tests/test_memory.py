@@ -8,8 +8,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import backbone as vit
+import heads
 import lora
-import tasks
+from heads import by_task
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))  # after the root, for lora
 import memory
@@ -88,9 +89,11 @@ def test_the_account_is_the_allocators_peak_of_a_real_run(
     real_coco, tmp_path, run, monkeypatch, task, scale, blocks
 ):
     """Within 10%: stage2_lora.py itself, all that it loads and computes, against shapes alone."""
-    head = tasks.find(task).Head(192, CATEGORIES)
-    monkeypatch.setattr(tasks, "check_classes", lambda *_: None)  # those of the data, whatever their names
-    tasks.save_head(head, tmp_path / f"{task}.safetensors", task)
+    head = by_task.HEADS[task](192, CATEGORIES)
+    monkeypatch.setattr(
+        by_task, "check_classes", lambda *_: None
+    )  # those of the data, whatever they are called
+    heads.save(head, tmp_path / f"{task}.safetensors", task)
     options = ["--model", "eva_mini", "--weights", "random", "--coco", real_coco, "--image-scale", scale]
     options += ["--heads", tmp_path, "--tasks", task, "--workers", 0, "--iters", 2, "--out", tmp_path / "out"]
     seen, loss = [], type(head).loss
