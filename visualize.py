@@ -7,7 +7,8 @@
 attention: of [CLS] to the patches in the last layer, each attention head and their mean; the raw arrays go to
 NAME.npz (`before` and `after`, (heads, H, W), each head sums to 1 together with what [CLS] pays to itself).
 predict: boxes, masks, a panoptic map, keypoints, or a caption with the place each word was said of; a PNG per
-image and task, at the sizes of eval_heads.py. curves: every loss of a log.jsonl. Writes PNGs to --out.
+image and task, at the sizes of eval_heads.py. curves: every loss of a log.jsonl, and below the seconds a step
+took and the share of them that it waited for data. Writes PNGs to --out.
 """
 
 import argparse
@@ -76,7 +77,7 @@ def main() -> None:
             q.add_argument(
                 "--sure", type=float, default=0.5, help="least score of a box, mask or keypoint that is shown"
             )
-    q = kinds.add_parser("curves", help="losses over steps")
+    q = kinds.add_parser("curves", help="losses and speed over steps")
     q.add_argument("logs", nargs="+", type=Path, metavar="log.jsonl")
     q.add_argument("--out", type=Path, default=Path("out/pictures"), help="folder for curves.png")
     args = p.parse_args()
@@ -392,7 +393,9 @@ def curves(logs: list[Path], out: Path) -> None:
     import matplotlib.pyplot as plt
 
     rows = [read_log(path) for path in logs]
-    _, axes = plt.subplots(1, len(logs), figsize=(4.5 * len(logs), 3.2), squeeze=False, layout="constrained")
+    timed = any("waiting" in line for lines in rows for line in lines)  # older logs do not tell
+    shape = dict(height_ratios=[3.2, 1.4][: 1 + timed], figsize=(4.5 * len(logs), 3.2 + 1.6 * timed))
+    _, axes = plt.subplots(1 + timed, len(logs), **shape, squeeze=False, layout="constrained")
     for axis, path, lines in zip(axes[0], logs, rows, strict=True):
         for name in sorted({key for line in lines for key in line if key.endswith("/loss")}):
             points = [(line["step"], line[name]) for line in lines if name in line]
@@ -402,10 +405,27 @@ def curves(logs: list[Path], out: Path) -> None:
         axis.set_yscale("log")  # the tasks' losses differ tenfold and more
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
+    for axis, lines in zip(axes[1:].flat, itertools.cycle(rows)):
+        draw_speed(axis, [line for line in lines if "waiting" in line])
     out.mkdir(parents=True, exist_ok=True)
     plt.savefig(out / "curves.png", dpi=130)
     plt.close()
     print(out / "curves.png", flush=True)
+
+
+def draw_speed(axis, lines: list[dict]) -> None:
+    """Seconds a step, and on the right the share of them that waited for data."""
+    share = axis.twinx()
+    for one, key, label, color in (
+        (axis, "seconds", "s / step", "C0"),
+        (share, "waiting", "waiting for data", "C1"),
+    ):
+        one.plot([line["step"] for line in lines], [line[key] for line in lines], color=color)
+        one.set_ylabel(label, color=color, fontsize=8)
+        one.tick_params(axis="y", labelsize=8)
+    axis.set_ylim(0, None)
+    share.set_ylim(0, 1)
+    axis.set_xlabel("step")
 
 
 def read_log(path: Path) -> list[dict]:
