@@ -6,7 +6,13 @@ All variants run forward and backward down to the input tokens, interleaved, in 
 nothing. (a) is a ViT of depth 12 and width 768 with 4 x 257 tokens, (b) one block of EVA-ViT-G with 1,370
 tokens. Memory is what autograd keeps between forward and backward. The ratios are of medians over the rounds;
 `quartiles` are of the ratio within each round, `best` is the ratio of the fastest runs, `others` is the share
-of the CPU time that other processes took: with more than a few percent the ratios mean little.
+of the CPU time that other processes took: with more than a few percent the ratios mean little. (c) is (b) in
+bf16; `added` adds the update to an h that is rounded already, as peft and the release do.
+
+`gain` is how much of an update arrives: the projection of its effect in 16 bit on its effect in fp32, of the
+same weights, for B of three sizes; at a layer, and, with its standard error over images of 33 random tokens,
+after EVA-ViT-G's 40 random blocks and norm. `change` is the whole change in 16 bit as a multiple of the true
+one: 1 is no noise. It comes of roundings that the two runs do not share, and averages out.
 """
 
 import argparse
@@ -39,12 +45,14 @@ CASES = {  # sizes of the ViT, batch, tokens
     "a": (dict(embed_dim=768, depth=12, num_heads=12), 4, 257),  # 224 x 224 and [CLS]
     "b": (dict(embed_dim=1408, depth=1, num_heads=16, mlp_ratio=6144 / 1408), 1, 1370),  # 518 x 518 and [CLS]
 }
+STDS = (0.003, 0.01, 0.04)  # of B; that of W is 0.03
 TARGETS = {  # no more than
     "a: time, ours / floor": 1.10,
     "a: time, ours / peft": 1.03,
     "a: time, ours / release": 1 / 1.15,
     "a: memory, ours / floor": 1.12,
     "b: time, ours / floor": 1.05,
+    "c: time, ours / floor": 1.05,
     "recomputing: memory a block / (B, N, D)": 1.0,
 }
 
@@ -69,6 +77,16 @@ class Release(nn.Module):
         dense[self.rows] = delta
         h += x @ dense.T * self.scale
         return h
+
+
+def added(layer: lora.LoRALinear, x: Tensor) -> Tensor:
+    """The update of a fused qkv added to an h that is rounded already."""
+    if not layer.on:
+        return F.linear(x, layer.weight)
+    a = F.linear(x, layer.lora_A.to(x.dtype)) * (layer.alpha / layer.rank)
+    halves = zip(a.chunk(2, -1), layer.lora_B.to(x.dtype).chunk(2), strict=True)
+    q, v = (F.linear(u, b) for u, b in halves)
+    return F.linear(x, layer.weight) + torch.cat([q, torch.zeros_like(q), v], -1)
 
 
 def variants(vit: Eva, rank: int) -> dict[str, Eva]:
@@ -148,6 +166,68 @@ def recomputing(depth: int, rank: int, recompute: bool) -> tuple[int, int]:
     return kept_bytes(backbone, lambda: backbone(images).grid), 4 * 2 * 257 * backbone.dim
 
 
+def half_variants(vit: Eva, rank: int) -> dict[str, Eva]:
+    """The frozen ViT in bf16, with LoRA as we add it, and with `added`."""
+    models = {"floor": vit, "ours": copy.deepcopy(vit), "added": copy.deepcopy(vit)}
+    for name in ("ours", "added"):
+        for layer in lora.layers(lora.attach(models[name], rank)).values():
+            nn.init.normal_(layer.lora_B)
+            layer.forward = partial(added, layer) if name == "added" else layer.forward
+    return models
+
+
+def projection(applied: Tensor, true: Tensor) -> tuple[float, float]:
+    """The gain, and its standard error over the images, the first dimension."""
+    products = (applied * true).flatten(1).sum(1), (true * true).flatten(1).sum(1)  # (B,), (B,)
+    gain = products[0].sum() / products[1].sum()
+    return gain.item(), ((products[0] - gain * products[1]).norm() / products[1].sum()).item()
+
+
+@torch.no_grad()
+def gains(blocks: int, images: int, rank: int) -> list[dict]:
+    """Of bf16 and fp16, each size of B, ours and `added`: the gain at the first layer and at the end."""
+    torch.manual_seed(0)
+    vit = Eva(patch_size=14, num_classes=0, global_pool="token", **{**CASES["b"][0], "depth": blocks}).eval()
+    for name, p in vit.requires_grad_(False).named_parameters():
+        nn.init.normal_(p, std=0.03 if p.ndim > 1 else 0.1) if "norm" not in name else None
+    found = list(lora.layers(lora.attach(vit, rank)).values())
+    B = [torch.randn(layer.lora_B.shape) for layer in found]
+    rows = []
+
+    def features(x: Tensor, std: float) -> tuple[Tensor, Tensor]:
+        for layer, b in zip(found, B, strict=True):
+            layer.lora_B.copy_(std * b)
+        lora.switch(vit, on=std > 0)
+        return found[0](x).float(), vit.norm(forward(vit, x)).float()
+
+    def frozen(dtype: torch.dtype) -> None:
+        for p in (*vit.parameters(), *vit.buffers()):
+            p.data = p.data if p.requires_grad else p.data.to(dtype)
+
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        frozen(dtype)
+        frozen(torch.float32)  # the reference has the same weights and tokens
+        x, changes = torch.randn(images, 33, vit.embed_dim).to(dtype), {}
+        plain = features(x.float(), 0)
+        true = {std: [f - p for f, p in zip(features(x.float(), std), plain, strict=True)] for std in STDS}
+        frozen(dtype)
+        plain = features(x, 0)
+        for how in ("ours", "added"):
+            for layer in found:
+                layer.forward = (
+                    partial(added, layer) if how == "added" else partial(type(layer).forward, layer)
+                )
+            for std in STDS:
+                change = [f - p for f, p in zip(features(x, std), plain, strict=True)]
+                changes[how, std] = [projection(c, t) for c, t in zip(change, true[std], strict=True)]
+                changes[how, std] += [(change[1].norm() / true[std][1].norm()).item()]
+        for (how, std), (layer, end, size) in changes.items():
+            rows.append(
+                dict(type=name, B=std, how=how, layer=layer[0], end=end[0], error=end[1], change=size)
+            )
+    return rows
+
+
 def interleaved(runs: dict[str, Callable], reps: int) -> tuple[dict[str, list[float]], float]:
     """Seconds of each run in each round, and the share of the CPU time that other processes took meanwhile.
 
@@ -183,11 +263,26 @@ def machine() -> str:
     return f"{cpu}, load {os.getloadavg()[0]:.1f} at the start"
 
 
+def print_rows(case: str, seconds: dict[str, list[float]], others: float, kept: dict[str, int]) -> None:
+    """A row of the table for each variant; the first is the floor."""
+    median = {name: statistics.median(s) for name, s in seconds.items()}
+    for name, s in seconds.items():
+        rounds = [t / floor for t, floor in zip(s, seconds["floor"], strict=True)]
+        low, _, high = statistics.quantiles(rounds, n=4)
+        print(
+            f"| {case} | {name} | {1e3 * median[name]:.0f} | {median[name] / median['floor']:.3f} "
+            f"| {low:.3f} to {high:.3f} | {min(s) / min(seconds['floor']):.3f} | {others:.0%} "
+            f"| {kept[name] / 2**20:.1f} | {kept[name] / kept['floor']:.3f} |"
+        )
+
+
 def main() -> None:
     # --- options
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--reps", type=int, default=9, help="rounds (at least 2) to take medians over")
     p.add_argument("--threads", type=int, default=2, help="CPU threads of torch")
+    p.add_argument("--blocks", type=int, default=40, help="of the gain's network (EVA-ViT-G: 40)")
+    p.add_argument("--images", type=int, default=64, help="of 33 tokens, for the gain")
     p.add_argument("--rank", type=int, default=64, help="r of LoRA (Sec. 3.2: 64)")
     args = p.parse_args()
 
@@ -220,22 +315,34 @@ def main() -> None:
         kept = {name: kept_bytes(model, partial(forward, model, x)) for name, model in models.items()}
         runs = {name: partial(step, model, x, grad) for name, model in models.items()}
         seconds, others = interleaved(runs, args.reps)
+        print_rows(case, seconds, others, kept)
         median = {name: statistics.median(s) for name, s in seconds.items()}
-        for name, s in seconds.items():
-            rounds = [t / floor for t, floor in zip(s, seconds["floor"], strict=True)]
-            low, _, high = statistics.quantiles(rounds, n=4)
-            print(
-                f"| {case} | {name} | {1e3 * median[name]:.0f} | {median[name] / median['floor']:.3f} "
-                f"| {low:.3f} to {high:.3f} | {min(s) / min(seconds['floor']):.3f} | {others:.0%} "
-                f"| {kept[name] / 2**20:.1f} | {kept[name] / kept['floor']:.3f} |"
-            )
         for name in ("floor", "peft", "release"):
             ratios[f"{case}: time, ours / {name}"] = median["ours"] / median[name]
             ratios[f"{case}: memory, ours / {name}"] = kept["ours"] / kept[name]
         results[case] = {"ms": {n: [round(1e3 * t, 1) for t in s] for n, s in seconds.items()}, "bytes": kept}
         results[case] |= {"others": others, "release - ours, relative": agreement}
 
-    # --- loop: (c) recomputing the blocks
+    # --- loop: (c) one block in bf16
+    sizes, B, N = CASES["b"]
+    vit = Eva(patch_size=14, num_classes=0, global_pool="token", **sizes).requires_grad_(False).bfloat16()
+    models = half_variants(vit, args.rank)
+    x = torch.randn(B, N, vit.embed_dim, dtype=torch.bfloat16, requires_grad=True)
+    grad = torch.randn(B, N, vit.embed_dim, dtype=torch.bfloat16)
+    seconds, others = interleaved({n: partial(step, m, x, grad) for n, m in models.items()}, args.reps)
+    kept = {name: kept_bytes(model, partial(forward, model, x)) for name, model in models.items()}
+    print_rows("c", seconds, others, kept)
+    ratios["c: time, ours / floor"] = statistics.median(seconds["ours"]) / statistics.median(seconds["floor"])
+    results["c"] = {"ms": {n: [round(1e3 * t, 1) for t in s] for n, s in seconds.items()}, "bytes": kept}
+
+    # --- loop: how much of the update arrives in 16 bit
+    results["gain"] = gains(args.blocks, args.images, args.rank)
+    print(f"\n| type | B | | gain, layer | gain, {args.blocks} blocks | change |\n|---|---|---|---|---|---|")
+    for r in results["gain"]:
+        end = f"{r['end']:.3f} ± {r['error']:.3f}"
+        print(f"| {r['type']} | {r['B']} | {r['how']} | {r['layer']:.3f} | {end} | {r['change']:.1f} |")
+
+    # --- loop: recomputing the blocks
     print("\n| depth | KiB kept | recomputing | a block more | / (B, N, D) |\n|---|---|---|---|---|")
     before, growth = None, []
     for depth in (2, 4, 8):
