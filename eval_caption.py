@@ -176,7 +176,7 @@ def report(
             for metric, score in scored.items():
                 per_item = np.array([per_image[i] for i in references])
                 scores.setdefault(metric, {})[variant] = per_item if metric.startswith("cider") else score
-        rows += [evaluation.row(f"{name} {domain}", metric, s, len(items)) for metric, s in scores.items()]
+        rows += [evaluation.result_row(f"{name} {domain}", metric, s, len(items)) for metric, s in scores.items()]
     if not args.results:
         for variant, found in captions.items():
             path = Path(args.out) / f"results_{variant}.json"
