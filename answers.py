@@ -12,24 +12,17 @@ from ranks import Ranks, gather
 # --- generation
 
 
-def add_generation_options(p: argparse.ArgumentParser, **default) -> None:
-    """--blip2 and how its language model writes; `default` by the options' names."""
+def add_generation_options(p: argparse.ArgumentParser, least: int, most: int, length_penalty: str) -> None:
+    """--blip2 and how its language model writes; least, most: tokens; length_penalty: the option's help"""
     add = p.add_argument_group("generation").add_argument
-    add(
-        "--blip2",
-        metavar="DIR|NAME",
-        help="transformers' BLIP-2 with OPT or T5: a folder, or a name on the hub",
-    )
-    add("--beams", type=int, default=default["beams"], help="of the beam search (LAVIS: 5; 1 = greedy)")
-    add("--max-new-tokens", type=int, default=default["most"], help="of an answer, at most")
-    add("--min-new-tokens", type=int, default=default["least"], help="of an answer, at least")
-    add("--length-penalty", type=float, default=default["length_penalty"], help=default["length_help"])
-    add(
-        "--repetition-penalty",
-        type=float,
-        default=1.0,
-        help="1 = off (LAVIS since 2023-12: 1.15 in captions)",
-    )
+    blip2 = "transformers' BLIP-2 with OPT or T5: a folder, or a name on the hub"
+    add("--blip2", metavar="DIR|NAME", help=blip2)
+    add("--beams", type=int, default=5, help="of the beam search (LAVIS: 5; 1 = greedy)")
+    add("--max-new-tokens", type=int, default=most, help="of an answer, at most")
+    add("--min-new-tokens", type=int, default=least, help="of an answer, at least")
+    add("--length-penalty", type=float, help=length_penalty)
+    repetition = "1 = off (LAVIS since 2023-12: 1.15 in captions)"
+    add("--repetition-penalty", type=float, default=1.0, help=repetition)
     add("--resume", action="store_true", help="go on with the answers in --out")
     add("--results", nargs="+", metavar="FILE", help="score these instead of asking a model: [before] after")
 
@@ -42,17 +35,13 @@ def check_generation_options(args: argparse.Namespace, variants: list[str]) -> l
                 raise ValueError(f"--results scores answers that are there: --{option} has no part in it")
         if len(args.results) > 2:
             raise ValueError(f"--results takes one file, or two to compare, got {len(args.results)}")
-        return ["before", "after"][-len(args.results) :]
+        return ["after"] if len(args.results) == 1 else ["before", "after"]
     if not args.blip2 or not args.images:
         raise ValueError("--blip2 and --images are needed, or --results to score answers that are there")
-    for name, least in {
-        "beams": 1,
-        "min_new_tokens": 0,
-        "max_new_tokens": max(1, args.min_new_tokens),
-    }.items():
-        if getattr(args, name) < least:
-            got = f"got {getattr(args, name)}"
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, {got}")
+    limits = {"beams": 1, "min_new_tokens": 0, "max_new_tokens": max(1, args.min_new_tokens)}
+    for name, least in limits.items():
+        if (value := getattr(args, name)) < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     if not args.repetition_penalty > 0:
         raise ValueError(f"--repetition-penalty must be positive, got {args.repetition_penalty}")
     if not Path(args.images).is_dir():
@@ -70,8 +59,7 @@ def generation_settings(args: argparse.Namespace, length_penalty: float) -> dict
     names = ("max_new_tokens", "min_new_tokens", "repetition_penalty")
     settings = {"num_beams": args.beams, **{name: getattr(args, name) for name in names}}
     if args.beams > 1:
-        given = args.length_penalty
-        settings["length_penalty"] = length_penalty if given is None else given
+        settings["length_penalty"] = length_penalty if args.length_penalty is None else args.length_penalty
     return settings
 
 
@@ -87,41 +75,41 @@ class Answers:
         paths = sorted(out.glob("answers_*.jsonl"))
         if paths and not args.resume:
             raise ValueError(f"--out {out} holds answers: pass --resume to go on with them, or another --out")
-        self.found: dict = {}  # {item: {variant: answer}}
+        self.of_item: dict = {}  # {item: {variant: answer}}
         for line in (line for path in paths for line in path.read_text().splitlines()):
             try:
                 content = json.loads(line)
             except ValueError:  # cut off by a kill
                 continue
             then = content.get("settings", settings)
-            keys = [k for k in {**then, **settings} if then.get(k) != settings.get(k)]
-            if keys:
-                changed = "; ".join(f"{k} was {then.get(k)}, is {settings.get(k)}" for k in keys)
+            names = [name for name in {**then, **settings} if then.get(name) != settings.get(name)]
+            if names:
+                changed = "; ".join(f"{name} was {then.get(name)}, is {settings.get(name)}" for name in names)
                 raise ValueError(f"--resume {out}: changed: {changed}; put it back, or take a new --out")
             if "item" in content:
-                self.found[content["item"]] = content["answers"]
+                self.of_item[content["item"]] = content["answers"]
         out.mkdir(parents=True, exist_ok=True)
         dist.barrier()  # everyone has read
         path = out / f"answers_{ranks.rank}.jsonl"
         torn = path.exists() and not path.read_text().endswith("\n")
         self.file = open(path, "a")
-        self._write(["\n"] * torn + [json.dumps({"settings": settings}) + "\n"])
+        if torn:
+            self.file.write("\n")
+        self._write([{"settings": settings}])
 
     def have(self, items: Iterable, variants: list[str]) -> bool:
-        return all(variant in self.found.get(item, ()) for item in items for variant in variants)
+        return all(variant in self.of_item.get(item, ()) for item in items for variant in variants)
 
     def add(self, items: list, answers: dict[str, list]) -> None:
         """answers: {variant: one for each of the items}"""
-        rows = [{v: answers[v][i] for v in answers} for i in range(len(items))]
-        self.found |= dict(zip(items, rows, strict=True))
-        self._write(
-            [json.dumps({"item": k, "answers": row}) + "\n" for k, row in zip(items, rows, strict=True)]
-        )
+        new = {item: {v: texts[i] for v, texts in answers.items()} for i, item in enumerate(items)}
+        self.of_item |= new
+        self._write([{"item": item, "answers": of_variants} for item, of_variants in new.items()])
 
     def gather(self, mine: Iterable) -> dict:
         """{item: {variant: answer}} of all ranks; mine: the items of this rank's share."""
-        return gather({item: self.found[item] for item in mine})
+        return gather({item: self.of_item[item] for item in mine})
 
-    def _write(self, lines: list[str]) -> None:
-        self.file.write("".join(lines))
+    def _write(self, lines: list[dict]) -> None:
+        self.file.write("".join(json.dumps(line) + "\n" for line in lines))
         self.file.flush()  # safe from a kill of this process, if not from one of the machine

@@ -49,9 +49,9 @@ class Blip2:
         config = read_config(path, retrieval)
         theirs = getattr(transformers, architecture(retrieval))
         model_class = type(theirs.__name__, (theirs,), {"_keep_in_fp32_modules_strict": FP32})
-        self.model, told = model_class.from_pretrained(path, dtype=dtype, output_loading_info=True)
-        alien = [name for name in told["unexpected_keys"] if "lora_" in name]
-        if wrong := [*told["missing_keys"], *told["mismatched_keys"], *alien]:
+        self.model, loading = model_class.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        alien = [name for name in loading["unexpected_keys"] if "lora_" in name]
+        if wrong := [*loading["missing_keys"], *loading["mismatched_keys"], *alien]:
             raise ValueError(f"--blip2 {path}: {len(wrong)} weights are missing or do not fit: {wrong[:3]}")
         self.model.to(device).eval().requires_grad_(False)
         self.tokenizer = AutoTokenizer.from_pretrained(path)
@@ -73,7 +73,7 @@ class Blip2:
         return nn.ModuleDict({"blocks": nn.ModuleList(nn.ModuleDict({"attn": x.self_attn}) for x in layers)})
 
     def attach(self, path: str | Path | None) -> tuple[Callable[[str], None], list[str]]:
-        """Load dW, if any, into M; returns what makes M the `before` or the `after` it is told, and notes.
+        """Load dW, if any, into M; returns a function that sets M to `before` or `after`, and notes.
 
         transformers' fused qkv has timm's rows (q, k, v), so names are all that differs. EVA-ViT-G has 40
         blocks and BLIP-2 uses 39: dW of the last has no place here. Raises ValueError if dW does not fit.
@@ -95,19 +95,21 @@ class Blip2:
         """(B, 3, h, w) -> (B, N, D), all tokens, after BLIP-2's own LayerNorm. Raises FloatingPointError."""
         f = self.model.vision_model(images.to(self.device, self.dtype)).last_hidden_state
         if not f.isfinite().all():
-            raise FloatingPointError(
-                "M's features are not finite: try --backbone-dtype fp32, or another LoRA"
-            )
+            why = "M's features are not finite"
+            raise FloatingPointError(f"{why}: try --backbone-dtype fp32, or another LoRA")
         return f
+
+    def _see(self, f: Tensor) -> Tensor:
+        """f (B, N, D) -> (B, Q, D_q): the Q-Former's queries, which have attended to f."""
+        queries = self.model.query_tokens.expand(len(f), -1, -1)
+        return self.model.qformer(query_embeds=queries, encoder_hidden_states=f).last_hidden_state
 
     # --- a language model behind M
 
     @torch.no_grad()
     def queries(self, f: Tensor) -> Tensor:
         """f (B, N, D) -> (B, Q, D_lm): what the language model sees of the images."""
-        tokens = self.model.query_tokens.expand(len(f), -1, -1)
-        seen = self.model.qformer(query_embeds=tokens, encoder_hidden_states=f).last_hidden_state
-        return self.model.language_projection(seen).to(f.dtype)
+        return self.model.language_projection(self._see(f)).to(f.dtype)
 
     def prompt_tokens(self, prompts: Sequence[str]) -> list[list[int]]:
         """LAVIS's: OPT's begin with </s>, T5's end with it; cut on the right to QUESTION_TOKENS in all."""
@@ -161,9 +163,7 @@ class Blip2:
     @torch.no_grad()
     def image_features(self, f: Tensor) -> Tensor:
         """f (B, N, D) -> (B, Q, d), L2-normalized float32. ITC: a caption's largest similarity over the Q."""
-        tokens = self.model.query_tokens.expand(len(f), -1, -1)
-        seen = self.model.qformer(query_embeds=tokens, encoder_hidden_states=f).last_hidden_state
-        return F.normalize(self.model.vision_projection(seen), dim=-1)
+        return F.normalize(self.model.vision_projection(self._see(f)), dim=-1)
 
     def caption_tokens(self, captions: Sequence[str]) -> list[list[int]]:
         """[CLS], the words of `clean_caption`, [SEP]; at most CAPTION_TOKENS."""
@@ -212,11 +212,11 @@ def contrast(images: Tensor, texts: Tensor) -> Tensor:
 
 def candidates(similarity: Tensor, k: int = RERANKED) -> tuple[Tensor, Tensor]:
     """(T, I) bool, twice: each caption's k most similar images, and each image's k most similar captions."""
-    found = []
+    chosen = []
     for dim in (1, 0):
         top = similarity.topk(min(k, similarity.shape[dim]), dim).indices
-        found.append(torch.zeros_like(similarity, dtype=torch.bool).scatter_(dim, top, True))
-    return found[0], found[1]
+        chosen.append(torch.zeros_like(similarity, dtype=torch.bool).scatter_(dim, top, True))
+    return chosen[0], chosen[1]
 
 
 def rerank(similarity: Tensor, chosen: Tensor, matched: Tensor) -> Tensor:
@@ -233,10 +233,8 @@ def architecture(retrieval: bool) -> str:
 
 def read_config(path: str, retrieval: bool) -> transformers.PretrainedConfig:
     """The model's config, before anything is loaded. Raises as Blip2 does."""
-    wanted, example = (
-        architecture(retrieval),
-        "Salesforce/blip2-itm-vit-g" if retrieval else "Salesforce/blip2-opt-2.7b",
-    )
+    wanted = architecture(retrieval)
+    example = "Salesforce/blip2-itm-vit-g" if retrieval else "Salesforce/blip2-opt-2.7b"
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise FileNotFoundError(f"--blip2 {path}: no config.json in it")
     if not Path(path).is_dir() and path.count("/") != 1:
@@ -244,18 +242,14 @@ def read_config(path: str, retrieval: bool) -> transformers.PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(path)
     except Exception as error:  # no such folder, no network, not JSON, a type that transformers does not know
-        told = str(error).splitlines()[0]
-        raise FileNotFoundError(
-            f"--blip2 {path}: neither a model's folder nor one on the hub that can be reached: {told}"
-        ) from error
-    found = (config.architectures or ["unknown"])[0]
-    if config.model_type != "blip-2" or found != wanted:
-        raise ValueError(f"--blip2 {path} is {found} ({config.model_type}), not {wanted} such as {example}")
-    if not retrieval and config.text_config.model_type not in LANGUAGE_MODELS:
-        raise ValueError(
-            f"--blip2 {path}: its language model is {config.text_config.model_type}; "
-            f"{' and '.join(LANGUAGE_MODELS)} are supported"
-        )
+        why = f"neither a model's folder nor one on the hub that can be reached: {str(error).splitlines()[0]}"
+        raise FileNotFoundError(f"--blip2 {path}: {why}") from error
+    name = (config.architectures or ["unknown"])[0]
+    if config.model_type != "blip-2" or name != wanted:
+        raise ValueError(f"--blip2 {path} is {name} ({config.model_type}), not {wanted} such as {example}")
+    if not retrieval and (language := config.text_config.model_type) not in LANGUAGE_MODELS:
+        supported = f"{' and '.join(LANGUAGE_MODELS)} are supported"
+        raise ValueError(f"--blip2 {path}: its language model is {language}; {supported}")
     return config
 
 
@@ -265,13 +259,12 @@ def spare_block(path: str | Path, config: transformers.PretrainedConfig) -> str 
     with safe_open(path, "pt") as file:
         widths = {name: file.get_slice(name).get_shape()[-1] for name in file.keys() if "lora_A" in name}
     blocks = {int(n) for name in widths for n in re.findall(r"^blocks\.(\d+)\.", name)}
-    has, tuned = (len(blocks), max(widths.values(), default=0)), config.vision_config
-    want = (tuned.num_hidden_layers, tuned.hidden_size)
-    if blocks != set(range(has[0])) or has[0] - want[0] not in (0, 1) or has[1] != want[1]:
-        raise ValueError(
-            f"{path} is of {has[0]} blocks of width {has[1]}, BLIP-2's tower has {want[0]} of {want[1]}"
-        )
-    return f"blocks.{want[0]}." if has[0] > want[0] else None
+    width = max(widths.values(), default=0)
+    depth, dim = config.vision_config.num_hidden_layers, config.vision_config.hidden_size  # BLIP-2's M
+    if blocks != set(range(len(blocks))) or len(blocks) - depth not in (0, 1) or width != dim:
+        tower = f"BLIP-2's tower has {depth} of {dim}"
+        raise ValueError(f"{path} is of {len(blocks)} blocks of width {width}, {tower}")
+    return f"blocks.{depth}." if len(blocks) > depth else None
 
 
 def clean_caption(caption: str) -> str:

@@ -13,6 +13,7 @@ after a kill. Writes OUT/results_{before,after}.json in the official format, and
 import argparse
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch.distributed as dist
@@ -34,13 +35,10 @@ def main() -> None:
     add = p.add_argument
     add("--captions", required=True, metavar="FILE", help="NoCaps', Karpathy's or COCO's JSON")
     add("--images", metavar="DIR", help="the images that FILE names")
-    add(
-        "--prompt",
-        default="a photo of",
-        help="what captions go on from (BLIP-2; LAVIS: none before finetuning)",
-    )
-    length = dict(length_penalty=None, length_help="of beams, 0 = off (default: 1)")
-    answers.add_generation_options(p, beams=5, most=30, least=8, **length)
+    prompt = "what captions go on from (BLIP-2; LAVIS: none before finetuning)"
+    add("--prompt", default="a photo of", help=prompt)
+    penalty = "of beams, 0 = off (default: 1)"
+    answers.add_generation_options(p, least=8, most=30, length_penalty=penalty)
     evaluation.add_options(p, "out/caption", batch=16)
     args = p.parse_args()
     variants = answers.check_generation_options(args, evaluation.check_options(args))
@@ -52,10 +50,10 @@ def main() -> None:
     E = read(args.captions)[: args.limit]
     if args.results:
         captions = [read_results(path) for path in args.results]
-        for found in captions:
-            check_images([item["id"] for item in E], found)
+        for of_images in captions:
+            check_images([item.id for item in E], of_images)
         return report(args, E, dict(zip(variants, captions, strict=True)), {}, [])
-    pictures = locate(args.images, [item["image"] for item in E], args.captions)
+    pictures = locate(args.images, [item.image for item in E], args.captions)
 
     # --- model
     import blip2  # transformers: seconds that --help need not wait
@@ -69,32 +67,41 @@ def main() -> None:
     hashes = [files.sha256(file) for file in (args.captions, args.lora) if file]
     # Alg. 3, line 1: initialize results list R_o, with what a killed run has left behind
     R_o = answers.Answers(args, ranks, {**protocol, "files": hashes})
-    done = {i for i, item in enumerate(E) if R_o.have([item["id"]], variants)}
+    done = {i for i, item in enumerate(E) if R_o.have([item.id], variants)}
     batches = evaluation.loader(Pictures(pictures, blip.transform), args, ranks, collate, done)
 
     # --- loop
     for index, x, unread in tqdm(batches, disable=ranks.rank > 0):  # Alg. 3, line 2: for x in E_o(x)
-        for why in unread.values():
-            raise ValueError(why)
-        found = {}
+        if unread:
+            raise ValueError(next(iter(unread.values())))
+        texts = {}
         for variant in variants:
             set_M(variant)
             f = blip.vision(x)  # Alg. 3, line 3: extract feature f* = M(x; dW*) for input x
             prompts = [args.prompt] * len(x)
-            found[variant] = blip.generate(blip.queries(f), prompts, settings, args.batch)  # Alg. 3, line 4
-        R_o.add([E[i]["id"] for i in index], found)
+            texts[variant] = blip.generate(blip.queries(f), prompts, settings, args.batch)  # Alg. 3, line 4
+        R_o.add([E[i].id for i in index], texts)
 
     # Alg. 3, line 6: accumulate results, Metric(E_o(y), R_o) on E_o
-    found = R_o.gather(item["id"] for item in E[ranks.rank :: ranks.world])
-    captions = {variant: {item["id"]: found[item["id"]][variant] for item in E} for variant in variants}
+    everyones = R_o.gather(item.id for item in E[ranks.rank :: ranks.world])
+    captions = {variant: {item.id: everyones[item.id][variant] for item in E} for variant in variants}
     report(args, E, captions, protocol, notes, blip.files)
 
 
 # --- data
 
 
-def read(path: str) -> list[dict]:
-    """A dict per image: id, image (its file), references (captions), domain (NoCaps', or None).
+class Item(NamedTuple):
+    """image: its file's name; references: captions; domain: NoCaps'"""
+
+    id: int
+    image: str
+    references: list[str]
+    domain: str | None = None
+
+
+def read(path: str) -> list[Item]:
+    """The images of a file of captions.
 
     Raises FileNotFoundError, or ValueError for another format, ids that are there twice, images without any.
     """
@@ -102,37 +109,28 @@ def read(path: str) -> list[dict]:
         raise FileNotFoundError(f"--captions {path}: no such file")
     try:
         content = json.loads(Path(path).read_text())
+        images = content["images"]
         if "annotations" in content:  # COCO's format
-            items = [
-                dict(id=i["id"], image=i["file_name"], references=[], domain=i.get("domain"))
-                for i in content["images"]
-            ]
-            by_id = {item["id"]: item for item in items}
+            references = {i["id"]: [] for i in images}
             for annotation in content["annotations"]:
-                by_id[annotation["image_id"]]["references"].append(annotation["caption"])
+                references[annotation["image_id"]].append(annotation["caption"])
+            items = [Item(i["id"], i["file_name"], references[i["id"]], i.get("domain")) for i in images]
         else:  # Karpathy's
             items = [
-                dict(
-                    id=i["cocoid"],
-                    image=f"{i['filepath']}/{i['filename']}",
-                    references=[sentence["raw"] for sentence in i["sentences"]],
-                    domain=None,
-                )
-                for i in content["images"]
+                Item(i["cocoid"], f"{i['filepath']}/{i['filename']}", [s["raw"] for s in i["sentences"]])
+                for i in images
                 if i["split"] == "test"
             ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path}: neither NoCaps', COCO's nor Karpathy's captions ({what})") from error
-    if not items or len({item["id"] for item in items}) < len(items):
-        raise ValueError(
-            f"{path}: {len(items)} images (of Karpathy's the test images); each must be there once"
-        )
-    if bare := [item["id"] for item in items if not item["references"]]:
-        raise ValueError(
-            f"{path}: {len(bare)} of {len(items)} images have no caption, the first is {bare[0]}"
-        )
-    if other := {item["domain"] for item in items} - {None, *DOMAINS}:
+    if not items or len({item.id for item in items}) < len(items):
+        many = f"{len(items)} images (of Karpathy's the test images)"
+        raise ValueError(f"{path}: {many}; each must be there once")
+    if bare := [item.id for item in items if not item.references]:
+        many = f"{len(bare)} of {len(items)} images"
+        raise ValueError(f"{path}: {many} have no caption, the first is {bare[0]}")
+    if other := {item.domain for item in items} - {None, *DOMAINS}:
         raise ValueError(f"{path}: domain must be one of {', '.join(DOMAINS)}, got {other.pop()}")
     return items
 
@@ -154,45 +152,40 @@ def read_results(path: str) -> dict:
 # --- save
 
 
-def report(
-    args, E: list[dict], captions: dict[str, dict], protocol: dict, notes: list[str], weights=()
-) -> None:
+def report(args, E: list[Item], captions: dict[str, dict], protocol: dict, notes: list, weights=()) -> None:
     """The official results files, the paper's table, every domain and metric, OUT/result.json."""
     if dist.get_rank() > 0:
         return
-    sets = {domain: [item for item in E if item["domain"] == domain] for domain in DOMAINS}
+    sets = {domain: [item for item in E if item.domain == domain] for domain in DOMAINS}
     sets = {domain: items for domain, items in sets.items() if items}
     name = "NoCaps" if sets else "COCO"
     sets["overall"] = E
-    notes = [f"{name}: {len(E)} images, {sum(len(i['references']) for i in E)} captions", *notes]
+    notes = [f"{name}: {len(E)} images, {sum(len(item.references) for item in E)} captions", *notes]
     rows = []
     for domain, items in sets.items():
-        references = {item["id"]: item["references"] for item in items}
-        scores = {}
-        for variant, found in captions.items():
-            scored = caption_scores(references, {i: found[i] for i in references})
+        references = {item.id: item.references for item in items}
+        scores = {}  # metric -> variant -> of each image, or of them all
+        for variant, of_images in captions.items():
+            scored = caption_scores(references, {i: of_images[i] for i in references})
             notes += [f"{domain}: {note}" for note in scored.pop("notes")]
             per_image = scored.pop("per_image")
+            per_image = np.array([per_image[i] for i in references])
             for metric, score in scored.items():
-                per_item = np.array([per_image[i] for i in references])
-                scores.setdefault(metric, {})[variant] = per_item if metric.startswith("cider") else score
-        rows += [evaluation.row(f"{name} {domain}", metric, s, len(items)) for metric, s in scores.items()]
+                scores.setdefault(metric, {})[variant] = per_image if metric.startswith("cider") else score
+        title = f"{name} {domain}"
+        rows += [evaluation.result_row(title, metric, s, len(items)) for metric, s in scores.items()]
     if not args.results:
-        for variant, found in captions.items():
+        for variant, of_images in captions.items():
             path = Path(args.out) / f"results_{variant}.json"
-            files.write_json(path, [{"image_id": i, "caption": c} for i, c in found.items()])
+            files.write_json(path, [{"image_id": i, "caption": c} for i, c in of_images.items()])
             notes.append(f"{path}: the captions")
-    print(*dict.fromkeys(notes), sep="\n")
+    notes = list(dict.fromkeys(notes))
     cider = [row for row in rows if row["metric"].startswith("cider")]
     columns = ["Table 8, CIDEr", *(row["set"] for row in cider)]
-    print(
-        evaluation.table(columns, [[variant, *(row[variant] for row in cider)] for variant in captions])
-        + "\n"
-    )
-    print(evaluation.rows_table(rows))
-    protocol = {**protocol, "notes": list(dict.fromkeys(notes))}
+    table = evaluation.table(columns, [[variant, *(row[variant] for row in cider)] for variant in captions])
+    print(*notes, table, "", evaluation.rows_table(rows), sep="\n")
     paths = [args.captions, args.lora, *(args.results or ()), *weights]
-    evaluation.write_result(args, {"rows": rows, "protocol": protocol}, paths)
+    evaluation.write_result(args, {"rows": rows, "protocol": {**protocol, "notes": notes}}, paths)
 
 
 if __name__ == "__main__":

@@ -77,8 +77,6 @@ def main() -> None:
         set_M(variant)  # M(x), or M(x; dW*)
         mine = {}
         for batch in tqdm(loader, desc=variant, disable=ranks.rank > 0, dynamic_ncols=True):
-            if isinstance(batch, Exception):
-                raise batch
             images, valid, y = to_device(batch, ranks.device)
             with torch.no_grad(), ranks.autocast():
                 f = backbone(images, valid)

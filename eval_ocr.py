@@ -259,8 +259,6 @@ def score(args, T_o: OcrHead, backbone, test: words.Words, ranks: Ranks) -> dict
     R_o = {}  # Alg. 3, line 1: initialize results list R_o
     loader = tqdm(evaluation.loader(test, args, ranks, to_batch), "reading", disable=ranks.rank > 0)
     for batch in loader:  # Alg. 3, line 2: for x in E_o(x)
-        if isinstance(batch, Exception):
-            raise batch
         images, valid, y = to_device(batch, ranks.device)
         with ranks.autocast():
             f = backbone(images, valid)  # Alg. 3, line 3: extract feature f* = M(x; dW*) for input x
@@ -291,7 +289,7 @@ def table_rows(sets: dict, read: dict[str, dict]) -> tuple[list[dict], list[str]
     def rows(title: str, names: list[str]) -> list[dict]:
         both = {v: np.concatenate([scores[name][v] for name in names]) for v in read}
         metrics = enumerate(("accuracy", "edit similarity"))
-        return [evaluation.row(title, m, {v: s[:, k] for v, s in both.items()}) for k, m in metrics]
+        return [evaluation.result_row(title, m, {v: s[:, k] for v, s in both.items()}) for k, m in metrics]
 
     known, result, notes = published(sets), [], []
     for title, lists in COMBINED.items() if known else ():
@@ -304,7 +302,7 @@ def table_rows(sets: dict, read: dict[str, dict]) -> tuple[list[dict], list[str]
         result += rows(name, [name])
     for name in next(iter(COMBINED.values())) if known else ():
         if name not in known:
-            result += [evaluation.row(name, m, {}) for m in ("accuracy", "edit similarity")]
+            result += [evaluation.result_row(name, m, {}) for m in ("accuracy", "edit similarity")]
             notes.append(f"{name}: not found")
     for name, at in known.items():
         if len(sets[at]) != SIZES[name]:

@@ -39,16 +39,10 @@ def main() -> None:
     add("--annotations", metavar="FILE", help="official JSON (GQA has its answers beside its questions)")
     add("--images", metavar="DIR", help="COCO's or GQA's images")
     add("--prompt", default="Question: {} Short answer:", help="with one {} (LAVIS)")
-    add(
-        "--lemmatize",
-        choices=["auto", "yes", "no"],
-        default="auto",
-        help="by spaCy (auto: OK-VQA's, as LAVIS)",
-    )
-    length = dict(
-        length_penalty=None, length_help="of beams, 0 = off (default, LAVIS: 0 with OPT, -1 with T5)"
-    )
-    answers.add_generation_options(p, beams=5, most=10, least=1, **length)
+    by = "by spaCy (auto: OK-VQA's, as LAVIS)"
+    add("--lemmatize", choices=["auto", "yes", "no"], default="auto", help=by)
+    penalty = "of beams, 0 = off (default, LAVIS: 0 with OPT, -1 with T5)"
+    answers.add_generation_options(p, least=1, most=10, length_penalty=penalty)
     evaluation.add_options(p, "out/vqa", batch=16)
     args = p.parse_args()
     variants = answers.check_generation_options(args, evaluation.check_options(args))
@@ -56,15 +50,11 @@ def main() -> None:
         raise ValueError("--annotations is needed, but with --kind gqa, whose questions have their answers")
     if args.prompt.count("{}") != 1:
         raise ValueError(f"--prompt needs one {{}} for the question, got {args.prompt!r}")
-    lemmas = (
-        vqa.lemmatizer()
-        if args.lemmatize == "yes" or (args.lemmatize, args.kind) == ("auto", "okvqa")
-        else None
-    )
+    lemmatized = args.lemmatize == "yes" or (args.lemmatize == "auto" and args.kind == "okvqa")
+    lemmas = vqa.lemmatizer() if lemmatized else None
     if args.lemmatize == "yes" and lemmas is None:
-        raise ValueError(
-            "--lemmatize yes needs spaCy and its en_core_web_sm: python -m spacy download en_core_web_sm"
-        )
+        how = "python -m spacy download en_core_web_sm"
+        raise ValueError(f"--lemmatize yes needs spaCy and its en_core_web_sm: {how}")
 
     # --- setup
     ranks = start(args, p)
@@ -74,10 +64,10 @@ def main() -> None:
     if args.results:
         said = [vqa.read_results(path, E) for path in args.results]
         return report(args, E, dict(zip(variants, said, strict=True)), lemmas, {}, [])
-    groups: dict[str, list[vqa.Question]] = {}  # an image goes through M once for all its questions
+    of_image: dict[str, list[vqa.Question]] = {}  # an image goes through M once for all its questions
     for q in E:
-        groups.setdefault(q.image, []).append(q)
-    pictures, groups = locate(args.images, groups, args.questions), list(groups.values())
+        of_image.setdefault(q.image, []).append(q)
+    pictures, groups = locate(args.images, of_image, args.questions), list(of_image.values())
 
     # --- model
     import blip2  # transformers: seconds that --help need not wait
@@ -86,6 +76,7 @@ def main() -> None:
     set_M, notes = blip.attach(args.lora)
     settings = answers.generation_settings(args, LENGTH_PENALTY[blip.config.text_config.model_type])
     protocol = {"generation": settings, "prompt": args.prompt, "prompt tokens at most": blip2.QUESTION_TOKENS}
+    prompts = {q.id: args.prompt.replace("{}", blip2.clean_question(q.text)) for q in E}
 
     # --- resume
     hashes = [files.sha256(file) for file in (args.questions, args.lora) if file]
@@ -97,25 +88,25 @@ def main() -> None:
     # --- loop
     # Alg. 3, line 2: for x in E_o(x)
     for index, x, unread in tqdm(batches, NAMES[args.kind], disable=ranks.rank > 0):
-        for why in unread.values():
-            raise ValueError(why)
-        questions = [q for i in index for q in groups[i]]
-        of_image = [row for row, i in enumerate(index) for _ in groups[i]]
-        prompts = [args.prompt.replace("{}", blip2.clean_question(q.text)) for q in questions]
-        found = {}
+        if unread:
+            raise ValueError(next(iter(unread.values())))
+        asked = [q.id for i in index for q in groups[i]]
+        image_of = [at for at, i in enumerate(index) for _ in groups[i]]  # its place in x
+        texts = {}
         for variant in variants:
             set_M(variant)
             f = blip.vision(x)  # Alg. 3, line 3: extract feature f* = M(x; dW*) for input x
-            queries = blip.queries(f)[of_image]
-            found[variant] = blip.generate(queries, prompts, settings, args.batch)  # Alg. 3, line 4: T_o(f*)
-        R_o.add([q.id for q in questions], found)
+            queries = blip.queries(f)[image_of]
+            # Alg. 3, line 4: predicting R_o = [R_o, T_o(f*)]
+            texts[variant] = blip.generate(queries, [prompts[q] for q in asked], settings, args.batch)
+        R_o.add(asked, texts)
 
     # Alg. 3, line 6: accumulate results, Metric(E_o(y), R_o) on E_o
     mine = range(ranks.rank, len(groups), ranks.world)
-    found = R_o.gather(q.id for i in mine for q in groups[i])
-    said = {variant: {q.id: found[q.id][variant] for q in E} for variant in variants}
-    cut = blip.count_cut([args.prompt.replace("{}", blip2.clean_question(q.text)) for q in E])
-    notes += [f"{cut} prompts were cut to {blip2.QUESTION_TOKENS} tokens"] if cut else []
+    everyones = R_o.gather(q.id for i in mine for q in groups[i])
+    said = {variant: {q.id: everyones[q.id][variant] for q in E} for variant in variants}
+    if cut := blip.count_cut(list(prompts.values())):
+        notes.append(f"{cut} prompts were cut to {blip2.QUESTION_TOKENS} tokens")
     report(args, E, said, lemmas, {**protocol, "blip2": blip.version}, notes, blip.files)
 
 
@@ -143,10 +134,10 @@ def report(args, E, said: dict[str, dict], lemmas, protocol: dict, notes: list[s
             scores.setdefault(rule, {})[variant] = np.array(score)
     rows, kinds = [], np.array([q.kind for q in E])
     for rule, of_variants in scores.items():
-        rows.append(evaluation.row(name, rule, of_variants))
+        rows.append(evaluation.result_row(name, rule, of_variants))
         for kind in sorted(set(kinds)):
             part = {variant: score[kinds == kind] for variant, score in of_variants.items()}
-            rows.append(evaluation.row(name, f"{rule}, {kind}", part))
+            rows.append(evaluation.result_row(name, f"{rule}, {kind}", part))
     print(*notes, sep="\n")
     print(evaluation.table(["Table 7, %", name], [[variant, rows[0][variant]] for variant in said]) + "\n")
     print(evaluation.rows_table(rows))

@@ -268,7 +268,7 @@ def score_rows(E: zeroshot.Benchmark, scores: dict[str, dict[str, Tensor]], coun
     rows = []
     for metric, count in counts.items():
         of_variants = {variant: score[metric].cpu().numpy() for variant, score in scores.items()}
-        rows.append(evaluation.row(E.name, metric, of_variants, count))
+        rows.append(evaluation.result_row(E.name, metric, of_variants, count))
     return rows
 
 

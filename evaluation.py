@@ -68,9 +68,19 @@ def attach(vit: nn.Module, args: argparse.Namespace) -> Callable[[str], None]:
 # --- items
 
 
+class Loader(DataLoader):
+    """Raises the error that a data set returned: raised in a worker it would come with all its traceback."""
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
+
+
 def loader(
     items: Dataset, args: argparse.Namespace, ranks: Ranks, collate=None, done: Container[int] = ()
-) -> DataLoader:
+) -> Loader:
     """This rank's share, items rank, rank + world, ...: each once over all ranks, nothing doubled to pad.
 
     done: items that need not come again; a batch is left out when all of it is done, so that a resumed run
@@ -78,7 +88,7 @@ def loader(
     """
     share = range(ranks.rank, len(items), ranks.world)
     batches = [share[at : at + args.batch] for at in range(0, len(share), args.batch)]
-    return DataLoader(
+    return Loader(
         items,
         batch_sampler=[batch for batch in batches if not all(i in done for i in batch)],
         collate_fn=collate,
@@ -120,7 +130,7 @@ def paired(before, after, seed: int = 0, resamples: int = 10_000) -> dict:
     return {**{k: float(v) for k, v in means.items()}, "low": float(low), "high": float(high), "p": p, "n": n}
 
 
-def row(name: str, metric: str, scores: dict[str, np.ndarray | float], n: int | None = None) -> dict:
+def result_row(name: str, metric: str, scores: dict[str, np.ndarray | float], n: int | None = None) -> dict:
     """A line of result.json's `rows`, in percent points; None where nothing was scored.
 
     scores: {variant: (n,) scores in 0..1 of the items, whose mean it is, or one score of them all}
@@ -132,8 +142,8 @@ def row(name: str, metric: str, scores: dict[str, np.ndarray | float], n: int | 
     if len(scores) == 2:
         line["difference"] = line["after"] - line["before"]
         if np.ndim(scores["before"]):
-            found = paired(**scores)
-            line |= {k: 100 * found[k] for k in ("difference", "low", "high")} | {"p": found["p"]}
+            both = paired(**scores)
+            line |= {k: 100 * both[k] for k in ("difference", "low", "high")} | {"p": both["p"]}
     return line
 
 
@@ -141,10 +151,11 @@ def rows_table(rows: list[dict]) -> str:
     """All rows in markdown, the interval in one column."""
     columns = ["set", "metric", "n", "before", "after", "difference", "95% interval", "p (McNemar)"]
     lines = []
-    for r in rows:
-        interval = None if r["low"] is None else f"{r['low']:+.2f} .. {r['high']:+.2f}"
-        p = None if r["p"] is None else f"{r['p']:.2g}"
-        lines.append([r["set"], r["metric"], r["n"], r["before"], r["after"], r["difference"], interval, p])
+    for row in rows:
+        interval = None if row["low"] is None else f"{row['low']:+.2f} .. {row['high']:+.2f}"
+        p = None if row["p"] is None else f"{row['p']:.2g}"
+        scores = [row[k] for k in ("before", "after", "difference")]
+        lines.append([row["set"], row["metric"], row["n"], *scores, interval, p])
     return table(columns, lines)
 
 
@@ -160,11 +171,12 @@ def model_columns(args: argparse.Namespace, variant: str, vit: nn.Module) -> lis
 def table(columns: list[str], rows: list[list]) -> str:
     """Markdown; floats with two decimals, None as a dash."""
 
-    def cell(v) -> str:  # + 0.0: no minus before a zero
-        return "-" if v is None else f"{round(v, 2) + 0.0:.2f}" if isinstance(v, float) else str(v)
+    def cell(value) -> str:
+        if value is None:
+            return "-"
+        return f"{round(value, 2) + 0.0:.2f}" if isinstance(value, float) else str(value)  # 0.0: no minus 0
 
-    cells = [[cell(v) for v in r] for r in rows]
-    lines = [columns, ["---"] * len(columns), *cells]
+    lines = [columns, ["---"] * len(columns), *([cell(value) for value in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -51,8 +51,6 @@ def features(
         to_batch = partial(collate, patch=backbone.patch, mean=backbone.mean, std=backbone.std)
         loader = evaluation.loader(items, args, ranks, to_batch)
         for batch in tqdm(loader, f"features {variant}", disable=ranks.rank > 0, dynamic_ncols=True):
-            if isinstance(batch, Exception):
-                raise batch
             images, valid, y = to_device(batch, ranks.device)
             with ranks.autocast():
                 rows[[t["image_id"] for t in y]] = take(backbone(images, valid)).cpu().numpy()

@@ -9,6 +9,7 @@ always normalizes the prediction, and of the humans' answers only the punctuatio
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,25 +58,24 @@ def read(kind: str, questions: str, annotations: str | None) -> list[Question]:
     try:
         if kind == "gqa":
             return [
-                Question(key, f"{q['imageId']}.jpg", q["question"], (q["answer"],), _structure(q))
-                for key, q in _json(questions).items()
+                Question(id, f"{q['imageId']}.jpg", q["question"], (q["answer"],), _structure(q))
+                for id, q in _json(questions).items()
             ]
-        asked, answered = _json(questions), _json(annotations)
-        subset = asked.get("data_subtype", "val2014")
-        by_id = _unique(answered["annotations"], annotations)
-        items = _unique(asked["questions"], questions)
-        _same(items, by_id, questions, annotations)
-        found = []
-        for key, q in items.items():
-            a, image = by_id[key], q["image_id"]
+        content = _json(questions)
+        asked = _unique(content["questions"], questions)
+        answered = _unique(_json(annotations)["annotations"], annotations)
+        _same(asked, answered, questions, annotations)
+        items, subset = [], content.get("data_subtype", "val2014")
+        for id, q in asked.items():
+            a, image = answered[id], q["image_id"]
             if a["image_id"] != image:
-                raise ValueError(f"question {key} is on image {image}, its annotation on {a['image_id']}")
+                raise ValueError(f"question {id} is on image {image}, its annotation on {a['image_id']}")
             if len(a["answers"]) != HUMANS:
-                raise ValueError(f"annotation {key} has {len(a['answers'])} answers, not {HUMANS}")
+                raise ValueError(f"annotation {id} has {len(a['answers'])} answers, not {HUMANS}")
             answers = tuple(one["answer"] for one in a["answers"])
             name = f"COCO_{subset}_{image:012d}.jpg"
-            found.append(Question(key, name, q["question"], answers, a.get("answer_type", "other")))
-        return found
+            items.append(Question(id, name, q["question"], answers, a.get("answer_type", "other")))
+        return items
     except (KeyError, TypeError, AttributeError) as error:
         what = f"{type(error).__name__}: {error}"
         raise ValueError(f"{questions}, {annotations}: not {kind}'s official files ({what})") from error
@@ -96,19 +96,17 @@ def _json(path: str | Path):
 
 def _unique(items: list[dict], path: str | Path) -> dict:
     by_id = {item["question_id"]: item for item in items}
-    if len(by_id) < len(items):
-        key, times = Counter(item["question_id"] for item in items).most_common(1)[0]
-        many = len(items) - len(by_id)
-        raise ValueError(f"{path}: question ids must be unique; {many} are not, {key} is there {times} times")
+    if many := len(items) - len(by_id):
+        id, times = Counter(item["question_id"] for item in items).most_common(1)[0]
+        raise ValueError(f"{path}: question ids must be unique; {many} are not, {id} is there {times} times")
     return by_id
 
 
 def _same(items: dict, others: dict, path: str | Path, other: str | Path) -> None:
     for a, b, a_path, b_path in ((items, others, path, other), (others, items, other, path)):
-        if lost := [key for key in a if key not in b]:
-            raise ValueError(
-                f"{len(lost)} of {len(a)} questions of {a_path} are not in {b_path}, the first is {lost[0]}"
-            )
+        if lost := [id for id in a if id not in b]:
+            many = f"{len(lost)} of {len(a)} questions of {a_path}"
+            raise ValueError(f"{many} are not in {b_path}, the first is {lost[0]}")
 
 
 def read_results(path: str | Path, questions: list[Question]) -> dict:
@@ -118,10 +116,10 @@ def read_results(path: str | Path, questions: list[Question]) -> dict:
     """
     try:
         rows = [{"question_id": row.get("question_id", row.get("questionId")), **row} for row in _json(path)]
-        answers = {key: row.get("answer", row.get("prediction")) for key, row in _unique(rows, path).items()}
+        answers = {id: row.get("answer", row.get("prediction")) for id, row in _unique(rows, path).items()}
     except (TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no results file, a list of question_id and answer") from error
-    if bad := [key for key, answer in answers.items() if not isinstance(answer, str)]:
+    if bad := [id for id, answer in answers.items() if not isinstance(answer, str)]:
         raise ValueError(f"{path}: question {bad[0]} has no answer")
     _same({q.id: q for q in questions}, answers, "the question set", path)
     return answers
@@ -138,11 +136,11 @@ def results(kind: str, answers: dict) -> list[dict]:
 
 def drop_punctuation(text: str) -> str:
     """Each mark becomes nothing if a space is beside it anywhere, or a comma between digits; else a space."""
-    bare = re.search(r"\d,\d", text) is not None
-    found = text
+    thousands, dropped = re.search(r"\d,\d", text) is not None, text
     for mark in PUNCTUATION:
-        found = found.replace(mark, "" if bare or f"{mark} " in text or f" {mark}" in text else " ")
-    return re.sub(r"\.(?!\d)", "", found, count=32)  # 32: the evaluators pass re.UNICODE as the count
+        nothing = thousands or f"{mark} " in text or f" {mark}" in text
+        dropped = dropped.replace(mark, "" if nothing else " ")
+    return re.sub(r"\.(?!\d)", "", dropped, count=32)  # 32: the evaluators pass re.UNICODE as the count
 
 
 def plain_words(text: str) -> str:
@@ -159,15 +157,16 @@ def _one_line(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
-def _accuracy(answer: str, humans: list[str]) -> float:
+def _accuracy(answer: str, humans: Sequence[str]) -> float:
     """Mean over the ten of min(matches among the other nine / 3, 1)."""
     matches = sum(human == answer for human in humans)
     return sum(min((matches - (human == answer)) / 3, 1) for human in humans) / len(humans)
 
 
 def lavis_accuracy(answer: str, humans: tuple[str, ...]) -> float:
-    agree = len(set(humans)) == 1
-    return _accuracy(normalize(_one_line(answer)), [h if agree else drop_punctuation(h) for h in humans])
+    if len(set(humans)) > 1:
+        humans = [drop_punctuation(human) for human in humans]
+    return _accuracy(normalize(_one_line(answer)), humans)
 
 
 def official_accuracy(answer: str, humans: tuple[str, ...]) -> float:

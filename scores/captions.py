@@ -70,13 +70,12 @@ def simple_tokens(captions: dict) -> dict:
     return {i: [" ".join(re.findall(r"[\w']+", text.lower())) for text in c] for i, c in captions.items()}
 
 
-def check_images(expected, found) -> None:
+def check_images(expected, predicted) -> None:
     """Raises ValueError naming images that have no prediction, and predictions for images not in the set."""
     for what, ids in (
-        ("have no prediction", [i for i in expected if i not in found]),
-        ("are predicted for, but are not in the annotations", [i for i in found if i not in expected]),
+        ("have no prediction", [i for i in expected if i not in predicted]),
+        ("are predicted for, but are not in the annotations", [i for i in predicted if i not in expected]),
     ):
         if ids:
-            raise ValueError(
-                f"{len(ids)} images {what}: {', '.join(map(str, ids[:5]))}{', ...' * (len(ids) > 5)}"
-            )
+            shown = ", ".join(map(str, ids[:5])) + (", ..." if len(ids) > 5 else "")
+            raise ValueError(f"{len(ids)} images {what}: {shown}")

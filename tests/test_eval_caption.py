@@ -132,14 +132,14 @@ def test_before_and_after_end_to_end_and_resumed(tmp_path, run, blip, no_java):
 def test_formats(tmp_path):
     content = write_nocaps(tmp_path)
     E = eval_caption.read(tmp_path / "nocaps.json")
-    assert [item["domain"] for item in E[:3]] == list(eval_caption.DOMAINS)
-    assert E[1]["references"] == [a["caption"] for a in content["annotations"] if a["image_id"] == 1]
+    assert [item.domain for item in E[:3]] == list(eval_caption.DOMAINS)
+    assert E[1].references == [a["caption"] for a in content["annotations"] if a["image_id"] == 1]
     mini = SHARED / "retrieval/dataset_coco_mini.json"
     if not mini.is_file():
         pytest.skip("needs ../shared/data/retrieval, which is not here")
     E = eval_caption.read(mini)
-    assert len(E) == 50 and all(len(item["references"]) == 5 for item in E)
-    assert all((SHARED / "coco" / item["image"]).is_file() for item in E)
+    assert len(E) == 50 and all(len(item.references) == 5 for item in E)
+    assert all((SHARED / "coco" / item.image).is_file() for item in E)
 
 
 def test_bad_files_are_refused(tmp_path, run):

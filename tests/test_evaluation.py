@@ -13,6 +13,7 @@ from torch import nn
 import evaluation
 import lora
 from backbone import add_backbone_options
+from files import BadImage
 from ranks import Ranks, gather
 
 
@@ -70,6 +71,26 @@ def test_shares_cover_every_item_once(world):
         ranks = Ranks(rank, world, torch.device("cpu"), torch.float32)
         seen += [int(i) for batch in evaluation.loader(Numbers(), args, ranks) for i in batch]
     assert sorted(seen) == list(range(7))
+
+
+class Broken(Numbers):
+    def __getitem__(self, i):
+        return BadImage(f"picture {i}") if i == 5 else i
+
+
+def first_error(items: list):
+    return next((item for item in items if isinstance(item, Exception)), items)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_error_that_an_item_is_ends_the_loop_where_it_comes(workers):
+    """As it is, from a worker too; what was before it has been seen."""
+    args, ranks = options("--workers", workers, "--batch", 2), Ranks(0, 1, torch.device("cpu"), torch.float32)
+    loader, seen = evaluation.loader(Broken(), args, ranks, first_error), []
+    with pytest.raises(BadImage, match="^picture 5$"):
+        for batch in loader:
+            seen.append(batch)
+    assert seen == [[0, 1], [2, 3]] and len(loader) == 4
 
 
 @pytest.fixture
@@ -132,12 +153,12 @@ def test_table_is_markdown():
 
 def test_row_is_in_percent_points():
     before, after = np.array([0.0, 0, 1, 1, 0]), np.array([1.0, 0, 1, 1, 0])
-    row = evaluation.row("s", "acc1", {"before": before, "after": after})
+    row = evaluation.result_row("s", "acc1", {"before": before, "after": after})
     assert row["before"] == pytest.approx(40) and row["after"] == pytest.approx(60) and row["p"] == 1
     assert row["difference"] == pytest.approx(20) and row["low"] <= 20 <= row["high"] <= 100 and row["n"] == 5
-    alone = evaluation.row("s", "acc1", {"after": after}, 9)
+    alone = evaluation.result_row("s", "acc1", {"after": after}, 9)
     assert [alone[k] for k in ("before", "after", "low", "n")] == [None, pytest.approx(60), None, 9]
-    one = evaluation.row("s", "bleu", {"before": 0.25, "after": 0.5}, 7)
+    one = evaluation.result_row("s", "bleu", {"before": 0.25, "after": 0.5}, 7)
     assert [one[k] for k in ("before", "after", "difference", "low", "p", "n")] == [25, 50, 25, None, None, 7]
 
 

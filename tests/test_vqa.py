@@ -287,7 +287,7 @@ def test_killed_and_resumed_is_uninterrupted(tmp_path, run, run_ranks, blip, mon
 
     def killed(self, items, answers):
         add(self, items, answers)
-        if len(self.found) > 6:
+        if len(self.of_item) > 6:
             os.kill(os.getpid(), signal.SIGKILL)
 
     with monkeypatch.context() as patch:
