@@ -80,6 +80,7 @@ def main() -> None:
             images, valid, y = to_device(batch, ranks.device)
             with torch.no_grad(), ranks.autocast():
                 f = backbone(images, valid)
+            evaluation.check_finite(f.grid, y, ranks)
             for t, answer in zip(y, head.predict(f, y), strict=True):
                 mine[t["item"]] = scorer.keep(answer, variant)
         everyones = gather(mine, everywhere=False)  # masks: half a GB

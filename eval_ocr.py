@@ -262,6 +262,7 @@ def score(args, T_o: OcrHead, backbone, test: words.Words, ranks: Ranks) -> dict
         images, valid, y = to_device(batch, ranks.device)
         with ranks.autocast():
             f = backbone(images, valid)  # Alg. 3, line 3: extract feature f* = M(x; dW*) for input x
+        evaluation.check_finite(f.grid, y, ranks)
         answers = T_o.predict(f, y)  # Alg. 3, line 4: predicting R_o = [R_o, T_o(f*)]
         R_o |= {t["image_id"]: (t["label"], a["text"]) for t, a in zip(y, answers, strict=True)}
     return gather(R_o)

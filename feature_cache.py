@@ -53,7 +53,9 @@ def features(
         for batch in tqdm(loader, f"features {variant}", disable=ranks.rank > 0, dynamic_ncols=True):
             images, valid, y = to_device(batch, ranks.device)
             with ranks.autocast():
-                rows[[t["image_id"] for t in y]] = take(backbone(images, valid)).cpu().numpy()
+                f = take(backbone(images, valid))
+            evaluation.check_finite(f, y, ranks)
+            rows[[t["image_id"] for t in y]] = f.cpu().numpy()
         rows.flush()
         dist.barrier()
         if ranks.rank == 0:

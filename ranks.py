@@ -55,7 +55,7 @@ class Ranks:
 def add_process_options(p: argparse.ArgumentParser) -> None:
     """Of every script that starts ranks."""
     add = p.add_argument_group("processes").add_argument
-    dtypes = "type of the frozen models (auto: bf16 on GPUs that have it, else fp16; CPU: fp32)"
+    dtypes = "type of the frozen models (auto: fp16 on GPUs, fp32 on CPUs)"
     add("--backbone-dtype", choices=["auto", *DTYPES], default="auto", help=dtypes)
     add("--workers", type=int, help="loader processes per rank and task (0 = none; default: by the cores)")
     add("--seed", type=int, default=0, help="of all that is drawn: initialization, data order, augmentation")
@@ -101,8 +101,7 @@ def start(args: argparse.Namespace, options: argparse.ArgumentParser) -> Ranks:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     dtype = args.backbone_dtype
     if dtype == "auto":
-        half = "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        dtype = half if cuda else "fp32"
+        dtype = "fp16" if cuda else "fp32"  # not bf16: see PAPER.md
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), device, DTYPES[dtype])
     made_by = provenance()
     ranks.say(

@@ -309,7 +309,7 @@ class Log:
                 where = f"images {images}" if here else "on another rank"
                 raise FloatingPointError(
                     f"loss or gradient not finite at step {step}, task {task}, {where}. The last "
-                    "checkpoint is good: lower --lr"
+                    "checkpoint is good: lower --lr; if M overflows fp16, --backbone-dtype bf16"
                 )
         if not self.path:
             return
