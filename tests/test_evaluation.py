@@ -11,8 +11,12 @@ from scipy.stats import bootstrap
 from torch import nn
 
 import evaluation
+import files
 import lora
-from backbone import add_backbone_options
+import tasks
+from backbone import add_backbone_options, load
+from data.coco import read_instances
+from data.pose import read_persons
 from files import BadImage
 from ranks import Ranks, gather
 
@@ -166,3 +170,20 @@ def test_a_table_has_no_minus_before_a_zero():
     assert evaluation.table(["a"], [[-0.001], [-0.006], [None], [3]]).splitlines()[2:] == [
         "| 0.00 |", "| -0.01 |", "| - |", "| 3 |",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("task", ["detection", "pose"])
+def test_features_that_overflow_are_refused_not_scored(scenes, tmp_path, run, task):
+    """A backbone whose last block leaves fp16's range, in fp16: it once had box AP 26.93, AR 100, exit 0."""
+    state = load("eva_mini", "random", seed=0).vit.state_dict()
+    state["blocks.5.mlp.fc2.weight"] = state["blocks.5.mlp.fc2.weight"] * 3e6
+    files.save(state, tmp_path / "M.safetensors")
+    read = {"detection": read_instances, "pose": read_persons}[task]
+    categories = read(scenes, "val2017").categories
+    head = tasks.find(task).Head(192, categories)
+    tasks.save_head(head, tmp_path / f"{task}.safetensors", task)
+    options = ["--model", "eva_mini", "--weights", tmp_path / "M.safetensors", "--head", tmp_path]
+    options += ["--coco", scenes, "--task", task, "--image-scale", 0.2, "--workers", 0, "--out", tmp_path]
+    code, _, err = run("eval_heads", *options, "--backbone-dtype", "fp16")
+    assert code == 2 and "not finite in torch.float16" in err and "--backbone-dtype bf16" in err
+    assert not (tmp_path / "result.json").exists()
