@@ -127,7 +127,10 @@ def options_by_group(args: argparse.Namespace, options: argparse.ArgumentParser)
 def provenance() -> dict:
     """What a result depends on beside its options: the command, this code's commit, versions."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git here, as in slim containers
+        commit = ""
     versions = {name: version(name) for name in ("torch", "torchvision", "timm", "fairscale")}
     versions = {"python": platform.python_version(), **versions, "torch": torch.__version__}
     return {"command": shlex.join(sys.argv), "commit": commit or "unknown", "versions": versions}
@@ -155,7 +158,8 @@ def launch(main: Callable[[], None]) -> None:
         code, line = 2, str(error)
     except RuntimeError as error:
         if "DataLoader worker" in str(error):  # torch raises it wherever the script happens to be
-            line = f"a loader process died, perhaps for lack of memory (see --workers): {error}"
+            why = "for lack of memory, or as a file brought a library down: --workers 0 shows where"
+            line = f"a loader process died, {why}: {error}"
         elif "Connection closed by peer" in str(error) or "Connection reset by peer" in str(error):
             line = "another rank has ended: see what it said"
         else:

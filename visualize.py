@@ -84,7 +84,8 @@ def main() -> None:
     if args.kind == "curves":
         return curves(args.logs, args.out)
     check_options(args)
-    pictures = find_images(args.images)[: args.limit]
+    endings = [""] if args.kind == "attention" else [f"_{task}" for task in args.tasks]
+    pictures = output_names(find_images(args.images)[: args.limit], args.out, endings)
 
     # --- model
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -119,17 +120,33 @@ def check_options(args: argparse.Namespace) -> None:
 
 def find_images(places: list[Path]) -> list[Path]:
     """Files as they are, and the pictures in folders, by name. Raises FileNotFoundError if there are none."""
-    found = []
+    pictures = []
     for place in places:
-        inside = (
-            sorted(f for f in place.glob("*") if f.suffix.lower() in PICTURES) if place.is_dir() else [place]
-        )
+        inside = [place]
+        if place.is_dir():
+            inside = sorted(file for file in place.glob("*") if file.suffix.lower() in PICTURES)
         if not inside or not inside[0].is_file():
             raise FileNotFoundError(
                 f"{place}: no such picture, and no folder with {', '.join(PICTURES)} in it"
             )
-        found += inside
-    return found
+        pictures += inside
+    return pictures
+
+
+def output_names(pictures: list[Path], out: Path, endings: list[str]) -> dict[Path, str]:
+    """{picture: what its outputs' names begin with}: its own name, behind its folder's where two have one.
+
+    Raises ValueError if an output would take the place of one of the pictures.
+    """
+    names = {}
+    for path in dict.fromkeys(pictures):
+        same = [other for other in dict.fromkeys(pictures) if other.stem == path.stem]
+        name = path.stem if len(same) == 1 else f"{path.resolve().parent.name}_{path.stem}"
+        names[path] = name if name not in names.values() else f"{name}_{len(names)}"
+    outputs = {(out / f"{name}{ending}.png").resolve() for name in names.values() for ending in endings}
+    if hit := outputs & {path.resolve() for path in pictures}:
+        raise ValueError(f"--out {out}: {min(hit)} is a picture to look at, and would be overwritten")
+    return names
 
 
 # --- attention
@@ -150,7 +167,7 @@ def cls_attention(backbone: Backbone, images: Tensor) -> Tensor:
     return seen[0][:, :, 0, -H * W :].float().unflatten(-1, (H, W))
 
 
-def attention(backbone: Backbone, set_M, variants: list[str], pictures: list[Path], args) -> None:
+def attention(backbone: Backbone, set_M, variants: list[str], pictures: dict[Path, str], args) -> None:
     """NAME.npz and NAME.png for each file: a row for each variant, the mean and then each attention head."""
     if not backbone.has_cls:
         raise ValueError(f"--model {args.model}{' --no-cls' * args.no_cls}: there is no [CLS] to look from")
@@ -159,7 +176,7 @@ def attention(backbone: Backbone, set_M, variants: list[str], pictures: list[Pat
     side = args.size or backbone.vit.patch_embed.img_size[0]
     if side % backbone.patch:
         raise ValueError(f"--size {side}: must be a multiple of the patch, {backbone.patch}")
-    for path in pictures:
+    for path, name in pictures.items():
         pixels = TF.resize(files.read_picture(path), [side, side], antialias=True)
         image = TF.normalize(TF.to_dtype(pixels, scale=True), backbone.mean, backbone.std)
         maps = {}
@@ -168,8 +185,8 @@ def attention(backbone: Backbone, set_M, variants: list[str], pictures: list[Pat
             maps[variant] = (
                 cls_attention(backbone, image[None].to(backbone.vit.cls_token.device))[0].cpu().numpy()
             )
-        np.savez(args.out / f"{path.stem}.npz", **maps)
-        save_attention(pixels, maps, args.out / f"{path.stem}.png")
+        np.savez(args.out / f"{name}.npz", **maps)
+        save_attention(pixels, maps, args.out / f"{name}.png")
 
 
 def save_attention(pixels: Tensor, maps: dict[str, np.ndarray], out: Path) -> None:
@@ -220,7 +237,7 @@ def colors() -> tuple[tuple[float, float, float], ...]:
 # --- predictions
 
 
-def predict(backbone: Backbone, set_M, variants: list[str], pictures: list[Path], args) -> None:
+def predict(backbone: Backbone, set_M, variants: list[str], pictures: dict[Path, str], args) -> None:
     """NAME_TASK.png for each file and task: the picture with the answers, one column for each variant."""
     from data.validation import prepare
 
@@ -228,7 +245,7 @@ def predict(backbone: Backbone, set_M, variants: list[str], pictures: list[Path]
     for task in args.tasks:
         path = tasks.find_head(args.heads, task, backbone_settings(args))
         head = tasks.load_head(path, backbone.dim).to(next(backbone.parameters()).device)
-        for file in pictures:
+        for file, name in pictures.items():
             pixels, answers = files.read_picture(file), {}
             if task == "pose":
                 samples = crops(pixels, file, persons, backbone.patch, args.image_scale)
@@ -238,7 +255,7 @@ def predict(backbone: Backbone, set_M, variants: list[str], pictures: list[Path]
             for variant in variants:
                 set_M(variant)
                 answers[variant] = answer(backbone, head, task, samples)
-            out = args.out / f"{file.stem}_{task}.png"
+            out = args.out / f"{name}_{task}.png"
             if task == "captioning":
                 save_caption(pixels, answers, head.config["vocabulary"], out)
             else:

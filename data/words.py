@@ -44,7 +44,13 @@ class LmdbWords:
     def __init__(self, path: Path):
         self.path = path.resolve()
         try:
-            size = _environment(self.path).begin().get(b"num-samples")
+            environment = _environment(self.path)
+            pages, page = environment.info()["last_pgno"] + 1, environment.stat()["psize"]
+            has = (self.path / "data.mdb").stat().st_size
+            if has < pages * page:  # to read beyond its end would be a SIGBUS
+                wants = f"{has} bytes, its {pages} pages take {pages * page}"
+                raise ValueError(f"{path / 'data.mdb'} is cut off: {wants}: copy it again")
+            size = environment.begin().get(b"num-samples")
         except lmdb.Error as error:
             raise ValueError(f"{path / 'data.mdb'} cannot be opened as an LMDB: {error}") from error
         if size is None or not size.strip().isdigit():

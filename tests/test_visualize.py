@@ -246,3 +246,20 @@ def test_wrong_places_and_options_are_named(run, tmp_path, tuned):
     ):
         code, _, err = run("visualize", *options)
         assert code == 2 and says in err and err.count("\n") == 1, (options, err)
+
+
+def test_a_picture_is_never_overwritten_and_two_of_one_name_give_two(tmp_path, run):
+    rng = np.random.default_rng(0)
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(rng.integers(0, 255, (56, 56, 3), np.uint8)).save(tmp_path / folder / "a.png")
+    before = (tmp_path / "one" / "a.png").read_bytes()
+    common = ["--model", "eva_mini", "--weights", "random", "--size", 56]
+    code, _, err = run("visualize", "attention", tmp_path / "one", *common, "--out", tmp_path / "one")
+    assert code == 2 and "would be overwritten" in err and (tmp_path / "one" / "a.png").read_bytes() == before
+    both = [tmp_path / "one" / "a.png", tmp_path / "two" / "a.png"]
+    assert run("visualize", "attention", *both, *common, "--out", tmp_path / "out")[0] == 0
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["one_a.npz", "one_a.png", "two_a.npz", "two_a.png"]
+    maps = [np.load(tmp_path / "out" / f"{name}_a.npz")["before"] for name in ("one", "two")]
+    assert not np.array_equal(*maps)

@@ -209,3 +209,16 @@ def test_a_missing_label_is_named(tmp_path):
         assert f"no label-{number:09d} of 3 words" in str(words.Words(sets, SIZE)[number - 1])
         with pytest.raises(ValueError, match=f"no label-{number:09d} of 3 words"):
             words.WordStream({"s": sets}, words.CHARSETS[36], SIZE, seed=0)
+
+
+def test_an_lmdb_that_a_download_cut_off_is_refused(tmp_path):
+    """By its size, before a page beyond its end is a SIGBUS."""
+    path = write_lmdb(tmp_path / "set", [f"word{i}" for i in range(40)])
+    file = path / "data.mdb"
+    content = file.read_bytes()
+    assert len(words.find([str(path)])["set"]) == 40
+    for share in (0.5, 0.9):
+        (tmp_path / f"cut{share}").mkdir()
+        (tmp_path / f"cut{share}" / "data.mdb").write_bytes(content[: int(share * len(content))])
+        with pytest.raises(ValueError, match="data.mdb is cut off: .* bytes"):
+            words.find([str(tmp_path / f"cut{share}")])
