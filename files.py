@@ -1,6 +1,6 @@
 """Files in and out: written whole or not at all; safetensors with a JSON header; pictures and JSON read in.
 
-with files.replacing("last.pt") as part: torch.save(state, part)
+with files.replacing("card.md") as part: part.write_text(text)
 files.save(tensors, "lora.safetensors", lora={"rank": 64})
 files.read_header("lora.safetensors", "LoRA")
 """

@@ -6,6 +6,7 @@ Gradients are averaged by torch's DDP; the optimizer state is sharded by fairsca
 import argparse
 import json
 import math
+import os
 import time
 import zipfile
 from collections.abc import Iterator
@@ -177,7 +178,10 @@ class Checkpoint:
             last = self.out / "last.pt"
             try:
                 with files.replacing(last) as part:
-                    torch.save(state, part)
+                    with open(part, "wb") as file:  # given a path, torch.save would hide the disk's error
+                        torch.save(state, file)
+                        file.flush()
+                        os.fsync(file.fileno())  # before last.pt moves
                     if last.exists():
                         last.replace(self.out / "previous.pt")
             except OSError as error:
