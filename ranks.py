@@ -6,6 +6,7 @@ of processes but through these functions.
 
 import argparse
 import gc
+import hashlib
 import os
 import platform
 import shlex
@@ -36,8 +37,10 @@ class Ranks:
 
     def seed(self, seed: int, step: int) -> None:
         """What follows depends on these alone. Call it after fetching data: a new loader draws numbers."""
-        far = (seed << 40 | seed >> 24) + step * self.world + self.rank  # any two seeds are 2^40 steps apart
-        torch.manual_seed(far % 2**64)
+        place = (
+            f"{seed} {step * self.world + self.rank}"  # hashed, as a CPU's generator looks at 32 bits alone
+        )
+        torch.manual_seed(int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "little"))
 
     def free_memory(self) -> float:
         """Bytes of this rank's GPU that a step may take, less a part for fragments; none on a CPU."""
@@ -94,6 +97,9 @@ def start(args: argparse.Namespace, options: argparse.ArgumentParser) -> Ranks:
     if cuda:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # the heads' fp32 matrix products may use TF32
+        # Sums of 16-bit products stay in fp32 to the end: dW would be lost in partial sums that are rounded
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     backend = "nccl" if cuda else "gloo"
     if "RANK" in os.environ:
         dist.init_process_group(backend)

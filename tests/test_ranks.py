@@ -30,7 +30,11 @@ def raising(error: BaseException):
         (FileNotFoundError("no such file"), 2, "script.py: no such file\n"),
         (FloatingPointError("not finite at step 5"), 2, "script.py: not finite at step 5\n"),
         (KeyboardInterrupt(), 130, "script.py: interrupted; if the script has --resume, that goes on "),
-        (RuntimeError("DataLoader worker (pid 7) is killed"), 2, "script.py: a loader process died, for lack of memory, or"),
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed"),
+            2,
+            "script.py: a loader process died, for lack of memory, or",
+        ),
     ],
 )
 def test_the_users_errors_are_one_line_and_an_exit_code(error, code, says, monkeypatch, capsys):
