@@ -431,7 +431,9 @@ def curves(logs: list[Path], out: Path) -> None:
 
 
 def draw_speed(axis, lines: list[dict]) -> None:
-    """Seconds a step, and on the right the share of them that waited for data."""
+    """Seconds a step, and on the right the share of them that waited for data; nothing of an older log."""
+    if not lines:
+        return axis.axis("off")
     share = axis.twinx()
     for one, key, label, color in (
         (axis, "seconds", "s / step", "C0"),
@@ -440,7 +442,7 @@ def draw_speed(axis, lines: list[dict]) -> None:
         one.plot([line["step"] for line in lines], [line[key] for line in lines], color=color)
         one.set_ylabel(label, color=color, fontsize=8)
         one.tick_params(axis="y", labelsize=8)
-    axis.set_ylim(0, None)
+    axis.set_ylim(0, 1.1 * max(line["seconds"] for line in lines))
     share.set_ylim(0, 1)
     axis.set_xlabel("step")
 

@@ -227,6 +227,25 @@ def test_curves_as_used(run, tmp_path):
     assert code == 2 and "no loss in it" in err
 
 
+def test_curves_show_the_speed_of_the_logs_that_tell_it(run, tmp_path):
+    lines, heights = (
+        [{"step": s, "detection/loss": 3.0, "seconds": 2.0 / s, "waiting": 0.25} for s in (1, 2)],
+        [],
+    )
+    for name, logged in (("old", [{"step": 1, "detection/loss": 3.0}]), ("new", lines)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in logged))
+        logs = [tmp_path / had / "log.jsonl" for had in ("old", name)]
+        assert run("visualize", "curves", *logs, "--out", tmp_path / name)[0] == 0
+        heights.append(plt.imread(tmp_path / name / "curves.png").shape[0])
+    assert heights[1] > heights[0]  # a row more
+    figure, axis = plt.subplots()
+    visualize.draw_speed(axis, lines)
+    seconds, share = (one.lines[0].get_ydata() for one in figure.axes)
+    plt.close(figure)
+    assert list(seconds) == [2.0, 1.0] and list(share) == [0.25, 0.25]
+
+
 def test_wrong_places_and_options_are_named(run, tmp_path, tuned):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.png").write_text("no picture")
