@@ -47,17 +47,8 @@ COMBINED = {  # Sec. 4.1: "a combined set"; which lists of IC03, IC13 and IC15 i
 }
 
 # Options that may differ between a run and its resumption
-MAY_CHANGE = {
-    "out",
-    "resume",
-    "workers",
-    "log_every",
-    "save_every",
-    "skip_bad_images",
-    "train",
-    "test",
-    "limit",
-}
+MAY_CHANGE = {"out", "resume", "workers", "log_every", "save_every"}
+MAY_CHANGE |= {"skip_bad_images", "train", "test", "limit"}
 
 
 def main() -> None:
@@ -72,8 +63,8 @@ def main() -> None:
     add("--width", type=int, default=512, help="of the head (not in the paper; a multiple of 8)")
     add("--iters", type=int, default=100_000, help="steps (not in the paper; ViTSTR: 300k)")
     add("--lr", type=float, default=5e-4, help="peak learning rate of the head (not in the paper)")
-    kept = "compute M once for every training word, and keep it here: words x tokens x width x 4 bytes"
-    add("--cache", metavar="DIR", help=kept)
+    cache = "compute M once for every training word, and keep it here: words x tokens x width x 4 bytes"
+    add("--cache", metavar="DIR", help=cache)
     add("--skip-bad-images", action="store_true", help="in training, count undecodable images and go on")
     training.add_run_options(p)  # --warmup, --resume, --save-every, --log-every
     evaluation.add_options(p, out="out/ocr", batch=192)  # ViTSTR: 192 over all processes
@@ -91,10 +82,8 @@ def main() -> None:
     test = words.Words(test_sets, args.size, args.limit)
     stream = None
     if not args.head:
-        parts = {folder: words.find([folder]) for folder in args.train}
-        stream = words.WordStream(
-            parts, words.CHARSETS[args.charset], args.size, args.seed, args.skip_bad_images
-        )
+        parts, charset = {folder: words.find([folder]) for folder in args.train}, words.CHARSETS[args.charset]
+        stream = words.WordStream(parts, charset, args.size, args.seed, args.skip_bad_images)
         ranks.say(*stream.notes)
 
     # --- model
@@ -103,13 +92,11 @@ def main() -> None:
 
     # --- loop
     read, steps = {}, {}
-    for k, variant in enumerate(variants):
+    for variant in variants:
         set_M(variant)  # M(x), or M(x; dW*)
         if args.head:
-            T_o, steps[variant] = (
-                load_head(args.head[k], backbone),
-                files.read_header(args.head[k], "head")["step"],
-            )
+            head_file = args.head[variants.index(variant)]
+            T_o, steps[variant] = load_head(head_file, backbone)
         else:
             T_o, steps[variant] = train(args, variant, backbone, stream, ranks), args.iters
         read[variant] = score(args, T_o.to(ranks.device).eval(), backbone, test, ranks)
@@ -140,7 +127,8 @@ def check_options(args: argparse.Namespace, p: argparse.ArgumentParser) -> list[
     if args.head and args.size is None:
         args.size = files.read_header(args.head[0], "head").get("size")
     args.size = tuple(args.size or [224])
-    args.size *= 2 if len(args.size) == 1 else 1
+    if len(args.size) == 1:
+        args.size *= 2
     if len(args.size) != 2 or min(args.size) < 1:
         raise ValueError(f"--size takes a side, or height and width, got {args.size}")
     if args.head:
@@ -188,7 +176,10 @@ def train(args, variant: str, backbone, stream: words.WordStream, ranks: Ranks) 
     run = training.Checkpoint(out, args, trained, optimizer, scaler, made_of, MAY_CHANGE)
     first = run.load() if args.resume else 0
     log = training.Log(out, first, args.iters, args.log_every)
-    features = frozen_features(args, variant, backbone, stream, ranks, first)
+    if args.cache:
+        features = cached_features(args, variant, backbone, stream, ranks, first)
+    else:
+        features = frozen_features(args, backbone, stream, ranks, first)
     for step in range(first, args.iters):
         lr = training.learning_rate(step, args.lr, args.warmup, args.iters)
         for group in optimizer.param_groups:
@@ -206,27 +197,28 @@ def train(args, variant: str, backbone, stream: words.WordStream, ranks: Ranks) 
     return head
 
 
-def frozen_features(
-    args, variant: str, backbone, stream: words.WordStream, ranks: Ranks, first: int
-) -> Iterator[tuple[Features, list[dict]]]:
-    """f = M(x) and y of this rank's batches from step `first` on; with --cache M sees every word but once."""
-    if not args.cache:
-        for batch in batches(stream, args.batch, backbone, ranks, first, args.workers):
-            images, valid, y = to_device(batch, ranks.device)
-            with torch.no_grad(), ranks.autocast():
-                f = backbone(images, valid)
-            yield f, y  # without end
+def frozen_features(args, backbone, stream: words.WordStream, ranks: Ranks, first: int) -> Iterator:
+    """f = M(x) and y of this rank's batches, from step `first` on, without end."""
+    for batch in batches(stream, args.batch, backbone, ranks, first, args.workers):
+        images, valid, y = to_device(batch, ranks.device)
+        with torch.no_grad(), ranks.autocast():
+            f = backbone(images, valid)
+        yield f, y
+
+
+def cached_features(args, variant: str, backbone, stream, ranks: Ranks, first: int) -> Iterator:
+    """The same with M having seen every word but once, before."""
     rows, cols = (side // backbone.patch for side in args.size)
     shape = (backbone.has_cls + rows * cols, backbone.dim)
     usable = words.UsableWords(stream)
-    kept = feature_cache.features(args, usable, backbone, ranks, variant, tokens_of, shape)  # (n, N, dim)
+    tokens = feature_cache.features(args, usable, backbone, ranks, variant, tokens_of, shape)  # (n, N, dim)
     for step in count(first):
         at = (step * ranks.world + ranks.rank) * args.batch  # as data.stream.batches
         drawn = [stream.index(position) for position in range(at, at + args.batch)]
-        x = torch.from_numpy(kept[drawn]).to(ranks.device)
+        x = torch.from_numpy(tokens[drawn]).to(ranks.device)
         grid = x[:, backbone.has_cls :].transpose(1, 2).unflatten(2, (rows, cols))
-        f = Features(x[:, 0] if backbone.has_cls else None, grid, None)
-        yield f, [{"image_id": i, "label": usable.labels[i]} for i in drawn]
+        cls = x[:, 0] if backbone.has_cls else None
+        yield Features(cls, grid, None), [{"image_id": i, "label": usable.labels[i]} for i in drawn]
 
 
 def new_head(args, backbone) -> OcrHead:
@@ -237,16 +229,17 @@ def new_head(args, backbone) -> OcrHead:
     return OcrHead(backbone.dim, tokens, words.CHARSETS[args.charset], words.LONGEST, args.width)
 
 
-def load_head(path: str, backbone) -> OcrHead:
-    """Raises ValueError if it was made for features of another width."""
-    config = files.read_header(path, "head")["config"]
+def load_head(path: str, backbone) -> tuple[OcrHead, int]:
+    """T_o and its steps of training. Raises ValueError if it was made for features of another width."""
+    header = files.read_header(path, "head")
+    config = header["config"]
     if config.pop("reading", "tokens") != "tokens":  # a choice that heads once had
         raise ValueError(f"{path} reads by queries, which is gone: train it again")
     if config["dim"] != backbone.dim:
         raise ValueError(f"{path} was made for a backbone of width {config['dim']}, not {backbone.dim}")
     head = OcrHead(**config)
     head.load_state_dict(files.read_tensors(path))
-    return head
+    return head, header["step"]
 
 
 # --- E_o
@@ -284,53 +277,56 @@ def table_rows(sets: dict, read: dict[str, dict]) -> tuple[list[dict], list[str]
     scores = {}  # set -> variant -> (n, 2): right, similarity
     for variant, answers in read.items():
         for image_id, answer in answers.items():
-            name = image_id.rpartition("/")[0]
-            scores.setdefault(name, {}).setdefault(variant, []).append(grade(*answer))
+            of_set = scores.setdefault(image_id.rpartition("/")[0], {})
+            of_set.setdefault(variant, []).append(grade(*answer))
 
-    def rows(title: str, names: list[str]) -> list[dict]:
-        both = {v: np.concatenate([scores[name][v] for name in names]) for v in read}
+    def rows_of(title: str, names: list[str]) -> list[dict]:
+        joined = {v: np.concatenate([scores[name][v] for name in names]) for v in read} if names else {}
         metrics = enumerate(("accuracy", "edit similarity"))
-        return [evaluation.result_row(title, m, {v: s[:, k] for v, s in both.items()}) for k, m in metrics]
+        return [evaluation.result_row(title, m, {v: s[:, k] for v, s in joined.items()}) for k, m in metrics]
 
-    known, result, notes = published(sets), [], []
-    for title, lists in COMBINED.items() if known else ():
-        if found := [name for name in lists if name in known]:
-            missing = [name for name in lists if name not in known]
-            title += f" (without {', '.join(missing)})" if missing else ""
-            result += rows(title, [known[name] for name in found])
-    result += rows("all sets found", list(scores))
+    known, rows, notes = published(sets), [], []
+    absent = {title: [name for name in lists if name not in known] for title, lists in COMBINED.items()}
+    for title, lists in COMBINED.items():
+        if present := [known[name] for name in lists if name in known]:
+            without = f" (without {', '.join(absent[title])})" if absent[title] else ""
+            rows += rows_of(title + without, present)
+    rows += rows_of("all sets found", list(scores))
     for name in scores:
-        result += rows(name, [name])
-    for name in next(iter(COMBINED.values())) if known else ():
-        if name not in known:
-            result += [evaluation.result_row(name, m, {}) for m in ("accuracy", "edit similarity")]
+        rows += rows_of(name, [name])
+    if known:
+        for name in absent["six sets, large lists"]:
+            rows += rows_of(name, [])
             notes.append(f"{name}: not found")
-    for name, at in known.items():
-        if len(sets[at]) != SIZES[name]:
-            notes.append(f"{at}: {len(sets[at])} words; the published list has {SIZES[name]}")
-    return result, notes
+    for name, here in known.items():
+        if len(sets[here]) != SIZES[name]:
+            notes.append(f"{here}: {len(sets[here])} words; the published list has {SIZES[name]}")
+    return rows, notes
 
 
 def summary(args, read: dict, sets: dict, steps: dict, backbone, world: int, stream) -> dict:
     """Table 3, what is beside it, and all of it as a result; printed once."""
     rows, notes = table_rows(sets, read)
-    first = next(iter(read.values()))
-    empty = [image_id for image_id, (label, _) in first.items() if not alphanumeric(label)]
+    trained_on = None if stream is None else args.iters * args.batch * world
     if stream is not None:
-        notes.append(f"each head was trained on {args.iters * args.batch * world} words")
-    if empty:
-        right = {v: sum(grade(*answers[i])[0] == 1 for i in empty) for v, answers in read.items()}
-        told = ", ".join(f"{n} {variant}" for variant, n in right.items())
-        notes.append(
-            f"{len(empty)} labels without a digit or letter count as right where none is read: {told}"
-        )
-    result = {
+        notes.append(f"each head was trained on {trained_on} words")
+    labels = {image_id: label for image_id, (label, _) in next(iter(read.values())).items()}
+    if bare := [image_id for image_id, label in labels.items() if not alphanumeric(label)]:
+        right = {variant: sum(grade(*answers[i])[0] == 1 for i in bare) for variant, answers in read.items()}
+        counts = ", ".join(f"{n} {variant}" for variant, n in right.items())
+        what = "labels without a digit or letter count as right where none is read"
+        notes.append(f"{len(bare)} {what}: {counts}")
+    if dist.get_rank() == 0:
+        columns = ["Model", "Params", "Iters", f"Accuracy: {rows[0]['set']}"]
+        lines = [[*evaluation.model_columns(args, v, backbone.vit), rows[0][v]] for v in read]
+        print(evaluation.table(columns, lines), evaluation.rows_table(rows), *notes, sep="\n")
+    return {
         "table": "Table 3: words read right / words, %; case-insensitive, digits and letters only",
         "combined": rows[0]["set"],
         "rows": rows,
         "notes": notes,
         "head_steps": steps,
-        "training_words": None if stream is None else args.iters * args.batch * world,
+        "training_words": trained_on,
         "training_sets": None if stream is None else stream.notes,
         "protocol": {
             "picture": f"RGB, squashed to {args.size} by bicubic interpolation, the backbone's normalization",
@@ -339,11 +335,6 @@ def summary(args, read: dict, sets: dict, steps: dict, backbone, world: int, str
             "combined": "average over words, not over sets",
         },
     }
-    if dist.get_rank() == 0:
-        columns = ["Model", "Params", "Iters", f"Accuracy: {rows[0]['set']}"]
-        lines = [[*evaluation.model_columns(args, v, backbone.vit), rows[0][v]] for v in read]
-        print(evaluation.table(columns, lines), evaluation.rows_table(rows), *notes, sep="\n")
-    return result
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Features of the frozen M that are computed once and kept, under a key of all they depend on."""
+"""Features of the frozen M that are computed once and kept, under a name of all they depend on."""
 
 import hashlib
 import json
@@ -34,20 +34,20 @@ def features(
     A file under its final name is complete: it is written under another and renamed.
     """
     shape = (len(items), *shape)
-    key = {
+    made_of = {
         "made": MADE, "model": args.model, "weights": fingerprint(backbone.vit, variant), "shape": shape,
         "data": items.fingerprint, "size": args.size, "imagenet_norm": args.imagenet_norm,
         "computed": f"{ranks.dtype} on {ranks.device.type}",
     }  # fmt: skip
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+    name = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:24]
     path = Path(args.cache) / f"{name}.npy"
-    part = [None]
+    part = [None]  # the file in the making, None if there is nothing to do: rank 0 says
     if ranks.rank == 0 and not complete(path, shape):
         part = [path.with_suffix(f".{os.getpid()}.tmp")]
         reserve(part[0], shape)
-    dist.broadcast_object_list(part)  # None if there is nothing to do
+    dist.broadcast_object_list(part)
     if part[0]:
-        rows = np.lib.format.open_memmap(part[0], "r+")
+        array = np.lib.format.open_memmap(part[0], "r+")
         to_batch = partial(collate, patch=backbone.patch, mean=backbone.mean, std=backbone.std)
         loader = evaluation.loader(items, args, ranks, to_batch)
         for batch in tqdm(loader, f"features {variant}", disable=ranks.rank > 0, dynamic_ncols=True):
@@ -55,12 +55,12 @@ def features(
             with ranks.autocast():
                 f = take(backbone(images, valid))
             evaluation.check_finite(f, y, ranks)
-            rows[[t["image_id"] for t in y]] = f.cpu().numpy()
-        rows.flush()
+            array[[t["image_id"] for t in y]] = f.cpu().numpy()
+        array.flush()
         dist.barrier()
         if ranks.rank == 0:
             part[0].replace(path)
-            path.with_suffix(".json").write_text(json.dumps(key, indent=1))
+            path.with_suffix(".json").write_text(json.dumps(made_of, indent=1))
         dist.barrier()
     return np.load(path, mmap_mode="r")
 
@@ -87,10 +87,10 @@ def reserve(path: Path, shape: tuple[int, ...]) -> None:
 
 def complete(path: Path, shape: tuple[int, ...]) -> bool:
     try:
-        rows = np.load(path, mmap_mode="r")
+        array = np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError):  # absent, or cut off by a full disk
         return False
-    return rows.shape == shape and rows.dtype == np.float32
+    return array.shape == shape and array.dtype == np.float32
 
 
 def fingerprint(model: nn.Module, variant: str) -> str:

@@ -10,9 +10,8 @@ IGNORE = -100  # of cross_entropy: what comes after a word's end
 
 
 class OcrHead(nn.Module):
-    """T_o: a 4-layer transformer over the patch tokens, read character by character (Sec. 4.3, after ViTSTR).
+    """T_o: the characters are read from the first patch tokens in order, as ViTSTR (arXiv 2105.08582).
 
-    The characters are read from the first patch tokens in order, as ViTSTR (arXiv 2105.08582).
     dim: width of the features; tokens: how many, [CLS] included; longest: characters of a word, at most
     """
 
@@ -26,9 +25,8 @@ class OcrHead(nn.Module):
         # As large as the projected tokens: at ViT's 0.02 the head learns late where it is reading
         self.position = nn.Parameter(0.5 * torch.randn(1, tokens, width))
         shape = dict(dropout=0.0, activation="gelu", batch_first=True, norm_first=True)  # as DeiT, ViTSTR
-        self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(width, 8, 4 * width, **shape) for _ in range(depth)
-        )
+        layers = (nn.TransformerEncoderLayer(width, 8, 4 * width, **shape) for _ in range(depth))
+        self.layers = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(width)
         self.classify = nn.Linear(width, 1 + len(charset))  # 0 is the end, 1 the first character
 
@@ -58,16 +56,18 @@ class OcrHead(nn.Module):
     def predict(self, f, y: list[dict]) -> list[dict]:
         """The most likely character at each place up to the first end; all of them if there is no end."""
         best = self.logits(f).argmax(-1).tolist()  # (B, 26)
-        return [{"image_id": t["image_id"], "text": self.decode(row)} for t, row in zip(y, best, strict=True)]
+        texts = [self.decode(codes) for codes in best]
+        return [{"image_id": t["image_id"], "text": text} for t, text in zip(y, texts, strict=True)]
 
     def encode(self, labels: list[str]) -> Tensor:
         """(B, 26): the characters, the end, then IGNORE."""
-        rows = [[1 + self.charset.index(c) for c in label] + [0] for label in labels]
-        return torch.tensor([row + [IGNORE] * (self.length - len(row)) for row in rows])
+        words = [[*(1 + self.charset.index(c) for c in label), 0] for label in labels]
+        return torch.tensor([codes + [IGNORE] * (self.length - len(codes)) for codes in words])
 
-    def decode(self, row: list[int]) -> str:
-        end = row.index(0) if 0 in row else len(row)
-        return "".join(self.charset[k - 1] for k in row[:end])
+    def decode(self, codes: list[int]) -> str:
+        """The characters of (26,) codes up to the first end."""
+        end = codes.index(0) if 0 in codes else len(codes)
+        return "".join(self.charset[code - 1] for code in codes[:end])
 
 
 def tokens_of(f) -> Tensor:

@@ -19,9 +19,9 @@ def alphanumeric(text: str) -> str:
 
 def edit_distance(a: str, b: str) -> int:
     """The fewest insertions, deletions and substitutions (Levenshtein)."""
-    row = list(range(len(b) + 1))
+    edits = list(range(len(b) + 1))  # from what has been read of a to the first j letters of b
     for i, x in enumerate(a, 1):
-        above, row[0] = row[0], i
+        diagonal, edits[0] = edits[0], i
         for j, y in enumerate(b, 1):
-            above, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, above + (x != y))
-    return row[-1]
+            diagonal, edits[j] = edits[j], min(edits[j] + 1, edits[j - 1] + 1, diagonal + (x != y))
+    return edits[-1]
