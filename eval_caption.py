@@ -11,7 +11,6 @@ after a kill. Writes OUT/results_{before,after}.json in the official format, and
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from tqdm import tqdm
 import answers
 import evaluation
 import files
+from data import references
 from data.pictures import Pictures, collate, locate
 from ranks import launch, start
 from scores.captions import caption_scores, check_images
@@ -49,12 +49,13 @@ def main() -> None:
     ranks = start(args, p)
 
     # --- data
-    E = read(args.captions)[: args.limit]
+    E, told = read(args.captions)
+    E = E[: args.limit]
     if args.results:
         captions = [read_results(path) for path in args.results]
         for found in captions:
             check_images([item["id"] for item in E], found)
-        return report(args, E, dict(zip(variants, captions, strict=True)), {}, [])
+        return report(args, E, dict(zip(variants, captions, strict=True)), {}, told)
     pictures = locate(args.images, [item["image"] for item in E], args.captions)
 
     # --- model
@@ -62,6 +63,7 @@ def main() -> None:
 
     blip = blip2.Blip2(args.blip2, ranks.dtype, ranks.device)
     set_M, notes = blip.attach(args.lora)
+    notes = [*told, *notes]
     settings = answers.generation_settings(args, length_penalty=1.0)
     protocol = {"generation": settings, "prompt": args.prompt, "blip2": blip.version}
 
@@ -93,62 +95,27 @@ def main() -> None:
 # --- data
 
 
-def read(path: str) -> list[dict]:
-    """A dict per image: id, image (its file), references (captions), domain (NoCaps', or None).
+def read(path: str) -> tuple[list[dict], list[str]]:
+    """A dict per image, as data.references reads them, and what the user should know.
 
-    Raises FileNotFoundError, or ValueError for another format, ids that are there twice, images without any.
+    Raises FileNotFoundError, or ValueError for another format, images without a caption, unknown domains.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"--captions {path}: no such file")
-    try:
-        content = json.loads(Path(path).read_text())
-        if "annotations" in content:  # COCO's format
-            items = [
-                dict(id=i["id"], image=i["file_name"], references=[], domain=i.get("domain"))
-                for i in content["images"]
-            ]
-            by_id = {item["id"]: item for item in items}
-            for annotation in content["annotations"]:
-                by_id[annotation["image_id"]]["references"].append(annotation["caption"])
-        else:  # Karpathy's
-            items = [
-                dict(
-                    id=i["cocoid"],
-                    image=f"{i['filepath']}/{i['filename']}",
-                    references=[sentence["raw"] for sentence in i["sentences"]],
-                    domain=None,
-                )
-                for i in content["images"]
-                if i["split"] == "test"
-            ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        what = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path}: neither NoCaps', COCO's nor Karpathy's captions ({what})") from error
-    if not items or len({item["id"] for item in items}) < len(items):
-        raise ValueError(
-            f"{path}: {len(items)} images (of Karpathy's the test images); each must be there once"
-        )
+    _, items, notes = references.read(path)
+    if not items:
+        raise ValueError(f"{path}: 0 images (of Karpathy's JSON, the test images are read)")
     if bare := [item["id"] for item in items if not item["references"]]:
         raise ValueError(
             f"{path}: {len(bare)} of {len(items)} images have no caption, the first is {bare[0]}"
         )
-    if other := {item["domain"] for item in items} - {None, *DOMAINS}:
-        raise ValueError(f"{path}: domain must be one of {', '.join(DOMAINS)}, got {other.pop()}")
-    return items
+    if other := [item["domain"] for item in items if item["domain"] not in (None, *DOMAINS)]:
+        raise ValueError(f"{path}: domain must be one of {', '.join(DOMAINS)}, got {other[0]!r}")
+    return items, notes
 
 
 def read_results(path: str) -> dict:
     """{image id: caption} from the official format, a list of {image_id, caption}."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"--results {path}: no such file")
-    try:
-        rows = json.loads(Path(path).read_text())
-        captions = {row["image_id"]: row["caption"] for row in rows}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no results file, a list of image_id and caption") from error
-    if len(captions) < len(rows):
-        raise ValueError(f"{path}: {len(rows) - len(captions)} images are there twice")
-    return captions
+    rows = files.Items(path, files.read_json(path), "results")
+    return dict(zip(rows.ids("image_id"), rows.column("caption", str), strict=True))
 
 
 # --- save

@@ -6,11 +6,12 @@ them unless the humans agree, and then none; `lavis`, with which BLIP-2's and th
 always normalizes the prediction, and of the humans' answers only the punctuation, unless they agree.
 """
 
-import json
 import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+
+from files import Items, expecting, read_json
 
 HUMANS = 10
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'  # in this order
@@ -54,53 +55,55 @@ def read(kind: str, questions: str, annotations: str | None) -> list[Question]:
     Raises FileNotFoundError, or ValueError naming what is not as it should be: ids that are there twice,
     questions without annotation and the reverse, annotations without ten answers.
     """
-    try:
-        if kind == "gqa":
+    if kind == "gqa":
+        with expecting(questions, "gqa's official file: an object of questions by their ids"):
+            content = read_json(questions)
+            keys, items = list(content), Items(questions, list(content.values()), "questions")
+            images, texts, answers = (items.column(k, str) for k in ("imageId", "question", "answer"))
             return [
-                Question(key, f"{q['imageId']}.jpg", q["question"], (q["answer"],), _structure(q))
-                for key, q in _json(questions).items()
+                Question(key, f"{image}.jpg", text, (answer,), _structure(q))
+                for key, image, text, answer, q in zip(keys, images, texts, answers, items.items, strict=True)
             ]
-        asked, answered = _json(questions), _json(annotations)
-        subset = asked.get("data_subtype", "val2014")
-        by_id = _unique(answered["annotations"], annotations)
-        items = _unique(asked["questions"], questions)
-        _same(items, by_id, questions, annotations)
-        found = []
-        for key, q in items.items():
-            a, image = by_id[key], q["image_id"]
-            if a["image_id"] != image:
-                raise ValueError(f"question {key} is on image {image}, its annotation on {a['image_id']}")
-            if len(a["answers"]) != HUMANS:
-                raise ValueError(f"annotation {key} has {len(a['answers'])} answers, not {HUMANS}")
-            answers = tuple(one["answer"] for one in a["answers"])
-            name = f"COCO_{subset}_{image:012d}.jpg"
-            found.append(Question(key, name, q["question"], answers, a.get("answer_type", "other")))
-        return found
-    except (KeyError, TypeError, AttributeError) as error:
-        what = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{questions}, {annotations}: not {kind}'s official files ({what})") from error
+    asked, answered = (_lists(p, k) for p, k in ((questions, "questions"), (annotations, "annotations")))
+    subset = asked[0].get("data_subtype", "val2014")
+    q, a = asked[1], answered[1]
+    keys, images, texts = _ids(q), q.column("image_id", int), q.column("question", str)
+    place_of = {key: k for k, key in enumerate(_ids(a))}
+    on, given = a.column("image_id", int), a.column("answers", list)
+    kinds = a.column("answer_type", str, default="other")
+    _same(dict.fromkeys(keys), place_of, questions, annotations)
+    found = []
+    for key, image, text in zip(keys, images, texts, strict=True):
+        k = place_of[key]
+        if on[k] != image:
+            raise ValueError(f"question {key} is on image {image}, its annotation on {on[k]}")
+        if len(given[k]) != HUMANS:
+            raise ValueError(f"annotation {key} has {len(given[k])} answers, not {HUMANS}")
+        answers = tuple(Items(annotations, given[k], f"{a.where(k)}: answers").column("answer", str))
+        found.append(Question(key, f"COCO_{subset}_{image:012d}.jpg", text, answers, kinds[k]))
+    return found
+
+
+def _lists(path: str | Path, name: str) -> tuple[dict, Items]:
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is a list, LAVIS's perhaps: expected the official file, with a list {name}")
+    return content, Items(path, content.get(name), name)
 
 
 def _structure(question: dict) -> str:
     return question.get("types", {}).get("structural") or "other"
 
 
-def _json(path: str | Path):
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        return json.loads(Path(path).read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-
-
-def _unique(items: list[dict], path: str | Path) -> dict:
-    by_id = {item["question_id"]: item for item in items}
-    if len(by_id) < len(items):
-        key, times = Counter(item["question_id"] for item in items).most_common(1)[0]
-        many = len(items) - len(by_id)
-        raise ValueError(f"{path}: question ids must be unique; {many} are not, {key} is there {times} times")
-    return by_id
+def _ids(items: Items) -> list:
+    keys = items.column("question_id", int, str)
+    if len(set(keys)) < len(keys):
+        key, times = Counter(keys).most_common(1)[0]
+        many = len(keys) - len(set(keys))
+        raise ValueError(
+            f"{items.path}: question ids must be unique; {many} are not, {key} is there {times} times"
+        )
+    return keys
 
 
 def _same(items: dict, others: dict, path: str | Path, other: str | Path) -> None:
@@ -116,13 +119,13 @@ def read_results(path: str | Path, questions: list[Question]) -> dict:
 
     GQA's own has questionId and prediction. Raises ValueError if it answers other questions.
     """
-    try:
-        rows = [{"question_id": row.get("question_id", row.get("questionId")), **row} for row in _json(path)]
-        answers = {key: row.get("answer", row.get("prediction")) for key, row in _unique(rows, path).items()}
-    except (TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no results file, a list of question_id and answer") from error
-    if bad := [key for key, answer in answers.items() if not isinstance(answer, str)]:
-        raise ValueError(f"{path}: question {bad[0]} has no answer")
+    with expecting(path, "a results file, a list of question_id and answer"):
+        rows = read_json(path)
+        rows = [
+            {"question_id": row.get("questionId"), "answer": row.get("prediction"), **row} for row in rows
+        ]
+    rows = Items(path, rows, "results")
+    answers = dict(zip(_ids(rows), rows.column("answer", str), strict=True))
     _same({q.id: q for q in questions}, answers, "the question set", path)
     return answers
 

@@ -3,30 +3,40 @@
 import contextlib
 import io
 
+import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 
-def average_precision(annotations, results: list[dict], kind: str, image_ids: list) -> dict:
+def average_precision(
+    truth: dict, results: list[dict], kind: str, image_ids: list, sigmas: list | None = None
+) -> dict:
     """{metric: percent, None where nothing of that size is annotated}: COCO's 12 figures, 10 of keypoints.
 
-    annotations: a COCO file; results: in COCO's format; kind: bbox, segm, keypoints
+    truth: a data set in COCO's format (data.coco.truth); results: in COCO's format; kind: bbox, segm, keypoints
+    sigmas: of the keypoints, where they are not COCO's 17
     Raises ValueError naming images or categories of the results that the annotations do not have.
     """
     with contextlib.redirect_stdout(io.StringIO()):  # they talk
-        truth = COCO(str(annotations))
-        for what, have, ids in (
-            ("image", truth.imgs, {r["image_id"] for r in results}),
-            ("category", truth.cats, {r["category_id"] for r in results}),
+        true, nothing = COCO(), COCO()
+        # pycocotools writes into annotations, and takes their ids for true: 0 for no match, one for all its twins
+        annotations = [{**a, "id": k} for k, a in enumerate(truth["annotations"], 1)]
+        for data, content in (
+            (true, {**truth, "annotations": annotations}),
+            (nothing, {**truth, "annotations": []}),
         ):
-            if unknown := sorted(ids - set(have)):
-                raise ValueError(f"{annotations} has no {what} {', '.join(map(str, unknown[:5]))}")
-        nothing = COCO()
-        nothing.dataset = {**truth.dataset, "annotations": []}
-        nothing.createIndex()
-        found = truth.loadRes([dict(r) for r in results]) if results else nothing  # it adds to them
-        judge = COCOeval(truth, found, kind)
+            data.dataset = content
+            data.createIndex()
+        if stray := sorted({r["image_id"] for r in results} - set(true.imgs)):
+            what = "images are predicted for, but are not in the annotations"
+            raise ValueError(f"{len(stray)} {what}: {', '.join(map(str, stray[:5]))}")
+        if stray := sorted({r["category_id"] for r in results} - set(true.cats)):
+            raise ValueError(f"the annotations have no category {', '.join(map(str, stray[:5]))}")
+        found = true.loadRes([dict(r) for r in results]) if results else nothing  # it adds to them
+        judge = COCOeval(true, found, kind)
         judge.params.imgIds = sorted(image_ids)
+        if sigmas:
+            judge.params.kpt_oks_sigmas = np.array(sigmas)
         judge.evaluate()
         judge.accumulate()
         judge.summarize()
