@@ -20,8 +20,8 @@ from tqdm import tqdm
 import answers
 import evaluation
 import files
-from data import references
 from data.pictures import Pictures, collate, locate
+from data.references import read as read_references
 from ranks import launch, start
 from scores.captions import caption_scores, check_images
 
@@ -100,7 +100,7 @@ def read(path: str) -> tuple[list[dict], list[str]]:
 
     Raises FileNotFoundError, or ValueError for another format, images without a caption, unknown domains.
     """
-    _, items, notes = references.read(path)
+    _, items, notes = read_references(path)
     if not items:
         raise ValueError(f"{path}: 0 images (of Karpathy's JSON, the test images are read)")
     if bare := [item["id"] for item in items if not item["references"]]:

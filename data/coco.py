@@ -4,7 +4,7 @@ coco/annotations/instances_train2017.json, panoptic_train2017.json
 coco/train2017/000000000009.jpg
 coco/annotations/panoptic_train2017/000000000009.png
 
-Ids of images and categories are whole numbers or text, and unique; ids of annotations are not used, so they may
+Ids of images and categories are whole numbers or text, and unique; those of annotations are not used and may
 be doubled or missing. `iscrowd` is 0 where it is missing; `area` that of the mask, or else of the box.
 """
 
@@ -45,7 +45,7 @@ class Coco:
 
 
 def read(path: str | Path, lists: tuple[str, ...] = LISTS) -> Coco:
-    """Raises ValueError naming the item that is not as COCO's are: its place in the file, its id, the field."""
+    """Raises ValueError naming the item that is not as COCO's are: place in the file, id, field."""
     content = read_json(path)
     with expecting(path, "a COCO annotation file"):
         if lacks := [name for name in lists if type(content.get(name)) is not list]:
@@ -132,7 +132,7 @@ def read_objects(file: Coco, outlines: Callable | None = None) -> Objects:
 
 
 def flags(items: Items, key: str, default: int | None = 0) -> np.ndarray:
-    """(N,) bool of 0 or 1. Raises ValueError for text: "0" would be true; if there is no default, for none."""
+    """(N,) bool of 0 or 1. Raises ValueError for text, as "0" would be true; for none without a default."""
     values = items.column(key, int, bool, default=default)
     if other := [i for i, value in enumerate(values) if value not in (0, 1)]:
         items.refuse(other[0], f"{key} must be 0 or 1, got {values[other[0]]}")
@@ -199,7 +199,7 @@ def read_instances(
 ) -> Instances:
     """Boxes, classes and, if asked for, masks: crowds left out, unusable annotations left out with a count.
 
-    outlines: as in read_objects. Raises ValueError as `read` does, FileNotFoundError for an image not on disk.
+    outlines: as in read_objects. Raises ValueError as `read`, FileNotFoundError for an image not on disk.
     """
     file = read(annotation_file(coco, "instances", split))
     names = check_on_disk(file.path, Path(coco) / split, file.names)
@@ -258,16 +258,15 @@ def truth(file: Coco, objects: Objects, categories: list[dict], **columns: list)
 
     columns: more fields of the annotations
     """
-    ids, keys = file.ids.tolist(), [c["id"] for c in categories]
-    annotations = [
-        {"id": k, "image_id": ids[row], "category_id": keys[label], "bbox": box, "area": area, "iscrowd": int(crowd)}
-        for k, (row, label, box, area, crowd) in enumerate(
-            zip(objects.rows.tolist(), objects.labels.tolist(), objects.boxes_xywh.tolist(),
-                objects.areas.tolist(), objects.crowd, strict=True), 1)
-    ]  # fmt: skip
-    for key, values in columns.items():
-        for annotation, value in zip(annotations, values, strict=True):
-            annotation[key] = value
+    ids, n = file.ids.tolist(), len(objects.rows)
+    columns |= {
+        "image_id": [ids[row] for row in objects.rows],
+        "category_id": [categories[label]["id"] for label in objects.labels],
+        "bbox": objects.boxes_xywh.tolist(),
+        "area": objects.areas.tolist(),
+        "iscrowd": objects.crowd.astype(int).tolist(),
+    }
+    annotations = [{"id": k + 1, **{key: column[k] for key, column in columns.items()}} for k in range(n)]
     sizes = zip(ids, file.sizes.tolist(), strict=True)
     images = [{"id": image_id, "height": h, "width": w} for image_id, (h, w) in sizes]
     return {"images": images, "annotations": annotations, "categories": categories}

@@ -20,7 +20,8 @@ CHUNK = 4096  # annotations at once: what is good, nearly all, is checked by num
 def check(annotations: Items, sizes: np.ndarray, only: np.ndarray | None = None) -> tuple[list, list[str]]:
     """Each annotation's outline less its bad parts, None where none is left; what was dropped, by kind.
 
-    sizes: (N, 2) h, w of the annotations' images; only: the places of those to check. Raises ValueError naming an annotation with wrong run lengths.
+    sizes: (N, 2) h, w of the annotations' images; only: the places of those to check
+    Raises ValueError naming an annotation with wrong run lengths.
     """
     found, bad = [item.get("segmentation") for item in annotations.items], {}
     far = FAR * sizes.max(1, initial=0)
@@ -97,7 +98,8 @@ def _wrong_runs(outline: dict, size: list[int]) -> str | None:
     if runs is None:
         return f"must be whole numbers or COCO's compressed text, got {counts!r:.60}"
     if (runs < 0).any() or runs.sum() != size[0] * size[1]:
-        return f"must be at least 0 and sum to {size[0]} x {size[1]}, got {runs.tolist()!s:.60}, sum {runs.sum()}"
+        found = f"{runs.tolist()!s:.60}, which sum to {runs.sum()}"
+        return f"must be at least 0 and sum to {size[0]} x {size[1]}, got {found}"
     return None
 
 

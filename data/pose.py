@@ -72,7 +72,7 @@ def read_persons(coco: str | Path, split: str, read: Callable = read) -> Persons
 
 
 def posed(file: Coco) -> tuple[dict, Objects, np.ndarray]:
-    """The category that has keypoints, its objects, their keypoints (N, K, 3); 0, 0, 0 where none is labelled.
+    """The category with keypoints, its objects, their keypoints (N, K, 3); 0, 0, 0 where none is labelled.
 
     Raises ValueError if there is no such category or another, and naming what has other keypoints than it.
     """
@@ -88,8 +88,8 @@ def posed(file: Coco) -> tuple[dict, Objects, np.ndarray]:
         check_sigmas(file.path, category["sigmas"], len(names))
     elif len(names) != 17:
         raise ValueError(
-            f"{file.path}: category {category['name']!r} has {len(names)} keypoints; COCO's sigmas, by which poses are "
-            f"scored, are of 17: add to the category a list `sigmas` of {len(names)} (COCO's are .026 to .107)"
+            f"{file.path}: category {category['name']!r} has {len(names)} keypoints; those whose sigmas COCO has, "
+            f"by which poses are scored, are 17: add a list `sigmas` of {len(names)} to the category"
         )
     objects, numbers = read_objects(file), 3 * len(names)
     mine = objects.labels == file.label_of()[category["id"]]

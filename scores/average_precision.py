@@ -13,13 +13,13 @@ def average_precision(
 ) -> dict:
     """{metric: percent, None where nothing of that size is annotated}: COCO's 12 figures, 10 of keypoints.
 
-    truth: a data set in COCO's format (data.coco.truth); results: in COCO's format; kind: bbox, segm, keypoints
+    truth: a data set (data.coco.truth), results: both in COCO's format; kind: bbox, segm, keypoints
     sigmas: of the keypoints, where they are not COCO's 17
     Raises ValueError naming images or categories of the results that the annotations do not have.
     """
     with contextlib.redirect_stdout(io.StringIO()):  # they talk
         true, nothing = COCO(), COCO()
-        # pycocotools writes into annotations, and takes their ids for true: 0 for no match, one for all its twins
+        # It writes into them, and goes by their ids: 0 is no match, and one match is that of all its twins
         annotations = [{**a, "id": k} for k, a in enumerate(truth["annotations"], 1)]
         for data, content in (
             (true, {**truth, "annotations": annotations}),
