@@ -225,8 +225,8 @@ def fingerprint(path: str | Path) -> str:
 # --- pictures in
 #
 # One reader for every script: 8 bits of RGB. 16-bit grey and floats in 0..1 are scaled; what is transparent
-# lies on white; of an animation it is the first frame. The pixels are those that are stored: EXIF's orientation
-# is not applied, as COCO's annotations and sizes are for pixels as they are stored.
+# lies on white; of an animation it is the first frame. The pixels are those that are stored: orientations of
+# EXIF's are not applied, as COCO's annotations and sizes are for pixels as they are stored.
 
 MOST_16, ORIENTATION = 65535, 0x0112  # EXIF's tag
 
@@ -252,7 +252,7 @@ def open_picture(source: str | Path | bytes | np.ndarray) -> Image.Image:
 
 
 def _to_8_bits(image: Image.Image) -> np.ndarray:
-    """(h, w) uint8 of 16-bit or float grey, scaled by the type's range. Raises ValueError for what is beyond."""
+    """(h, w) uint8 of 16-bit or float grey, scaled by its range. Raises ValueError for what is beyond."""
     values = np.asarray(image, np.float64)
     low, high = values.min(), values.max()
     most = 1 if image.mode == "F" else MOST_16

@@ -88,8 +88,8 @@ def posed(file: Coco) -> tuple[dict, Objects, np.ndarray]:
         check_sigmas(file.path, category["sigmas"], len(names))
     elif len(names) != 17:
         raise ValueError(
-            f"{file.path}: category {category['name']!r} has {len(names)} keypoints; those whose sigmas COCO has, "
-            f"by which poses are scored, are 17: add a list `sigmas` of {len(names)} to the category"
+            f"{file.path}: category {category['name']!r} has {len(names)} keypoints, and poses are scored by "
+            f"COCO's sigmas, which are of 17: add a list `sigmas` of {len(names)} to the category"
         )
     objects, numbers = read_objects(file), 3 * len(names)
     mine = objects.labels == file.label_of()[category["id"]]

@@ -27,10 +27,10 @@ def average_precision(
         ):
             data.dataset = content
             data.createIndex()
-        if stray := sorted({r["image_id"] for r in results} - set(true.imgs)):
+        if stray := sorted({r["image_id"] for r in results} - set(true.imgs), key=repr):
             what = "images are predicted for, but are not in the annotations"
             raise ValueError(f"{len(stray)} {what}: {', '.join(map(str, stray[:5]))}")
-        if stray := sorted({r["category_id"] for r in results} - set(true.cats)):
+        if stray := sorted({r["category_id"] for r in results} - set(true.cats), key=repr):
             raise ValueError(f"the annotations have no category {', '.join(map(str, stray[:5]))}")
         found = true.loadRes([dict(r) for r in results]) if results else nothing  # it adds to them
         judge = COCOeval(true, found, kind)
