@@ -53,11 +53,12 @@ def read(path: str | Path) -> tuple[str, list[dict], list[str]]:
 def karpathy(path: str | Path, content, splits: tuple[str, ...]) -> list[dict]:
     """Images of a Karpathy JSON: id, place (folder, or ""), name (of the file), sentences (Items).
 
-    id: COCO's, cocoid; where the file has none, as for Flickr30k, imgid
+    id: COCO's, cocoid; where the file has none, as for Flickr30k, imgid, or else the file's name
     """
     images = Items(path, content.get("images") if isinstance(content, dict) else None, "images")
     mine = [k for k, split in enumerate(images.column("split", str)) if split in splits]
-    ids = images.ids("cocoid" if any("cocoid" in image for image in images.items) else "imgid")
+    kinds = (key for key in ("cocoid", "imgid") if any(key in image for image in images.items))
+    ids = images.ids(next(kinds, "filename"))
     places, names = images.column("filepath", str, default=""), images.column("filename", str)
     sentences = images.column("sentences", list)
     return [
