@@ -250,28 +250,6 @@ def check_on_disk(path: Path, folder: Path, names: list[str]) -> list[str]:
     return found
 
 
-# --- for evaluation
-
-
-def truth(file: Coco, objects: Objects, categories: list[dict], **columns: list) -> dict:
-    """The data set that pycocotools is given: of what was checked, its annotations numbered from 1.
-
-    columns: more fields of the annotations
-    """
-    ids, n = file.ids.tolist(), len(objects.rows)
-    columns |= {
-        "image_id": [ids[row] for row in objects.rows],
-        "category_id": [categories[label]["id"] for label in objects.labels],
-        "bbox": objects.boxes_xywh.tolist(),
-        "area": objects.areas.tolist(),
-        "iscrowd": objects.crowd.astype(int).tolist(),
-    }
-    annotations = [{"id": k + 1, **{key: column[k] for key, column in columns.items()}} for k in range(n)]
-    sizes = zip(ids, file.sizes.tolist(), strict=True)
-    images = [{"id": image_id, "height": h, "width": w} for image_id, (h, w) in sizes]
-    return {"images": images, "annotations": annotations, "categories": categories}
-
-
 def read_ids(path: str | Path) -> set[int] | set[str]:
     """Image ids: a JSON list, lines, or the test and val images of a Karpathy dataset_coco.json."""
     if Path(path).suffix != ".json":

@@ -11,6 +11,7 @@ from itertools import chain
 import numpy as np
 from pycocotools import mask as rle
 
+from data.coco import Coco, Objects
 from files import Items
 
 FAR = 10  # pycocotools walks along every edge, in fifths of a pixel, and counts its steps in 32 bits
@@ -143,10 +144,30 @@ def pack(outlines: list) -> tuple[np.ndarray, np.ndarray]:
     return np.frombuffer(b"".join(texts), np.uint8), np.cumsum([0, *map(len, texts)])
 
 
-def fill_areas(file, objects) -> None:
-    """The areas of data.coco.Objects that the file does not tell: of the mask, or else of the box."""
-    missing = np.flatnonzero(np.isnan(objects.areas))
+def truth(file: Coco, objects: Objects, categories: list[dict], **columns: list) -> dict:
+    """The data set that pycocotools is given to score against: what was checked, annotations numbered from 1.
+
+    columns: more fields of the annotations
+    An area that the file does not tell is that of the mask, or else of the box.
+    """
+    missing, areas = np.flatnonzero(np.isnan(objects.areas)), objects.areas.tolist()
     outlines, _ = check(file.annotations, file.sizes[file.rows], objects.places[missing])
     for k in missing:
         outline, (h, w) = outlines[objects.places[k]], file.sizes[objects.rows[k]].tolist()
-        objects.areas[k] = rle.area(code(outline, h, w)) if outline else objects.boxes_xywh[k, 2:].prod()
+        areas[k] = float(rle.area(code(outline, h, w)) if outline else objects.boxes_xywh[k, 2:].prod())
+    ids = file.ids.tolist()
+    columns |= {
+        "id": list(range(1, len(areas) + 1)),
+        "image_id": [ids[row] for row in objects.rows],
+        "category_id": [categories[label]["id"] for label in objects.labels],
+        "bbox": objects.boxes_xywh.tolist(),
+        "area": areas,
+        "iscrowd": objects.crowd.astype(int).tolist(),
+    }
+    rows = zip(*columns.values(), strict=True)
+    sizes = zip(ids, file.sizes.tolist(), strict=True)
+    return {
+        "images": [{"id": image_id, "height": h, "width": w} for image_id, (h, w) in sizes],
+        "annotations": [dict(zip(columns, row, strict=True)) for row in rows],
+        "categories": categories,
+    }

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from data.coco import annotation_file, boxes, read, truth
-from data.outlines import fill_areas
+from data.coco import annotation_file, boxes, read
+from data.outlines import truth
 from data.pose import Persons, person_crop, posed, read_persons
 from data.stream import collate
 from files import BadImage, Items, expecting, read_json, read_picture
@@ -27,7 +27,6 @@ class PersonBoxes(Dataset):
         data = read_persons(coco, split, read=lambda _: file)
         self.categories = data.categories
         category, objects, keypoints = posed(file)
-        fill_areas(file, objects)
         counts = (keypoints[..., 2] > 0).sum(1).tolist()
         points = keypoints.reshape(len(counts), -1).tolist()
         self.truth = truth(file, objects, [category], keypoints=points, num_keypoints=counts)

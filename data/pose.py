@@ -92,8 +92,8 @@ def posed(file: Coco) -> tuple[dict, Objects, np.ndarray]:
             f"COCO's sigmas, which are of 17: add a list `sigmas` of {len(names)} to the category"
         )
     objects, numbers = read_objects(file), 3 * len(names)
-    mine = objects.labels == file.label_of()[category["id"]]
-    objects = objects.part(np.flatnonzero(mine))
+    objects = objects.part(np.flatnonzero(objects.labels == file.label_of()[category["id"]]))
+    objects.labels[:] = 0
     values = file.annotations.column("keypoints", list, default=[0] * numbers)
     values = [values[k] for k in objects.places]
     for k, value in zip(objects.places.tolist(), values, strict=True):

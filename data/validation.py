@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as TF
 
-from data.coco import LISTS, SQUARE, annotation_file, check_on_disk, read, read_objects, truth
+from data.coco import LISTS, SQUARE, annotation_file, check_on_disk, read, read_objects
 from data.stream import collate
 from files import BadImage, read_picture
 
@@ -42,18 +42,14 @@ class Images(Dataset):
                 self.categories, found = panoptic_categories(file), read_panoptic(file)
                 self.truth, used = {a["image_id"]: a for a in found}, [a["row"] for a in found]
             case _:
-                from data.outlines import check, fill_areas
+                from data.outlines import check, truth
 
                 masks = task == "segmentation"
                 objects = read_objects(file, check if masks else None)
-                fill_areas(file, objects)
                 more = {"segmentation": objects.outlines} if masks else {}
                 self.truth, notes = truth(file, objects, self.categories, **more), objects.notes
                 if objects.crowd.all():
-                    notes = [
-                        *notes,
-                        f"{path}: no annotation to score against: there are no scores, all are -",
-                    ]
+                    notes = [*notes, f"{path}: no annotation to score against: all scores are -"]
         left_out = len(file.names) - len(used)
         self.notes = [f"{path}: {len(file.names)} images, {left_out} without annotation left out", *notes]
         if not used:

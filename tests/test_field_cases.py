@@ -1,10 +1,11 @@
 """Trouble that people report with annotations and pictures of their own: none of it passes in silence.
 
-Four pictures of 64 x 48 with a box each, spoilt in one place; read as both stages and eval_heads.py read them.
+Four pictures of 64 x 48 with a box each, spoilt in one place, read as the stages and eval_heads.py do.
 """
 
 import argparse
 import copy
+import hashlib
 import json
 import math
 import shutil
@@ -15,7 +16,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
+from pycocotools import mask as rle
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 import tasks
 from data import coco, goi, outlines, persons, references, segmentation, validation, vqa
@@ -57,7 +60,7 @@ def made() -> dict:
 
 @pytest.fixture
 def case(tmp_path):
-    """case(edit) -> the folder; edit(w): of w.c, w.P, w.N, w.T, and of the files in w.D (pictures), w.M (maps)"""
+    """case(edit) -> the folder. edit(w) changes w.c, w.P, w.N, w.T, and files in w.D (pictures), w.M (maps)."""
 
     def write(edit=lambda w: None) -> Path:
         D, annotations = tmp_path / SPLIT, tmp_path / "annotations"
@@ -120,14 +123,10 @@ def average(task: str, folder: Path) -> float | None:
         known = {"keypoints": points, "score": 0.9, "area": 768.0}
         results = keypoint_results([{"image_id": i, **known} for i in ids], found.categories)
     sigmas = found.categories[0].get("sigmas")
-    return average_precision(found.truth, results, KINDS[task], ids, sigmas).popitem() and next(
-        iter(average_precision(found.truth, results, KINDS[task], ids, sigmas).values())
-    )
+    return next(iter(average_precision(found.truth, results, KINDS[task], ids, sigmas).values()))
 
 
 def coded(mask: np.ndarray) -> dict:
-    from pycocotools import mask as rle
-
     code = rle.encode(np.asfortranarray(mask, np.uint8))
     return {"size": code["size"], "counts": code["counts"].decode()}
 
@@ -224,19 +223,34 @@ SECOND = "annotations[1] of 4 (id 2)"
         (lambda w: w.c["images"][1].update(id=True), ("images[1]", "id must be", "got True")),
         (lambda w: w.c["images"][1].update(id=2**64), ("images[1]", "64 bits")),
         (lambda w: w.c["images"][1].pop("id"), ("images[1] of 4", "no field id")),
-        (lambda w: w.c["categories"].append({"id": 1, "name": "other"}), ("categories[1] of 2 (id 1)", "before")),
+        (
+            lambda w: w.c["categories"].append({"id": 1, "name": "other"}),
+            ("categories[1] of 2 (id 1)", "before"),
+        ),
         (lambda w: w.c["categories"][0].pop("name"), ("categories[0] of 1 (id 1)", "no field name")),
-        (lambda w: w.c["images"][1].update(width=0, height=0), ("images[1] of 4 (id 2)", "positive, got 0 x 0")),
+        (
+            lambda w: w.c["images"][1].update(width=0, height=0),
+            ("images[1] of 4 (id 2)", "positive, got 0 x 0"),
+        ),
         (lambda w: w.c["images"][1].update(width=-64), ("images[1] of 4 (id 2)", "positive, got -64 x 48")),
-        (lambda w: w.c["images"][1].update(width="64"), ("images[1]", "width must be a whole number, got '64'")),
+        (
+            lambda w: w.c["images"][1].update(width="64"),
+            ("images[1]", "width must be a whole number, got '64'"),
+        ),
         (lambda w: w.c["images"][1].update(height=math.nan), ("images[1]", "height", "got nan")),
         (lambda w: w.c["images"][1].pop("width"), ("images[1] of 4 (id 2)", "no field width")),
-        (lambda w: w.c["images"][1].update(file_name=None), ("images[1]", "file_name must be text, got None")),
+        (
+            lambda w: w.c["images"][1].update(file_name=None),
+            ("images[1]", "file_name must be text, got None"),
+        ),
         (lambda w: w.c["images"].insert(0, 5), ("images[0] of 5", "must be an object, got 5")),
         (lambda w: first(w, bbox=...), (SECOND, "no field bbox")),
         (lambda w: first(w, id="12", bbox=...), ("annotations[1] of 4 (id '12')", "no field bbox")),
         (lambda w: w.c["annotations"].__setitem__(1, None), ("annotations[1] of 4", "an object, got None")),
-        (lambda w: w.c["annotations"][1]["bbox"].append(0.9), (SECOND, "bbox must be [x, y, w, h], got [16,")),
+        (
+            lambda w: w.c["annotations"][1]["bbox"].append(0.9),
+            (SECOND, "bbox must be [x, y, w, h], got [16,"),
+        ),
         (lambda w: w.c["annotations"][1]["bbox"].pop(), (SECOND, "bbox must be")),
         (lambda w: first(w, bbox=[16, 12, None, 24]), (SECOND, "bbox must be")),
         (lambda w: first(w, bbox={"x": 16}), (SECOND, "bbox must be a list")),
@@ -263,11 +277,17 @@ def test_nothing_to_train_on_is_refused_and_nothing_to_score_is_told(case, task,
     with pytest.raises(ValueError, match=r"nothing to train on in 4 images \(.*0 boxes"):
         train(task, folder)
     assert average(task, folder) is None
-    assert "there are no scores" in items(task, folder).notes[-1]
+    assert "all scores are -" in items(task, folder).notes[-1]
 
 
 def test_boxes_that_hold_nothing_are_dropped_in_both(case):
-    for box in ([math.nan, 12, 32, 24], [16, 12, 0, 24], [16, 12, -3, 24], [500, 12, 32, 24], [1, 1, math.inf, 1]):
+    for box in (
+        [math.nan, 12, 32, 24],
+        [16, 12, 0, 24],
+        [16, 12, -3, 24],
+        [500, 12, 32, 24],
+        [1, 1, math.inf, 1],
+    ):
         folder = case(lambda w, box=box: first(w, bbox=box))
         stream = tasks.open_stream("detection", options(folder))
         assert len(stream.data.labels) == 3 == len(items("detection", folder).truth["annotations"])
@@ -301,8 +321,6 @@ def test_numbers_of_valid_files_are_what_they_were(case):
     """Ranks and resumed runs compare these: they change only if what is trained on does."""
     stream = tasks.open_stream("detection", options(case()))
     arrays = np.arange(1, 5), np.array([[16, 12, 48, 36]] * 4, np.float32), np.zeros(4, np.int64)
-    import hashlib
-
     assert stream.fingerprint == hashlib.sha256(b"".join(a.tobytes() for a in arrays)).hexdigest()[:16]
     stream = tasks.open_stream("segmentation", options(case()))
     texts = json.dumps(made()["c"]["annotations"][0]["segmentation"]).encode() * 4
@@ -312,11 +330,38 @@ def test_numbers_of_valid_files_are_what_they_were(case):
 
 def test_a_file_that_two_tasks_share_is_parsed_once(case, monkeypatch):
     folder, read = case(), []
-    monkeypatch.setattr(coco, "read_json", lambda path: read.append(path.name) or json.loads(path.read_bytes()))
+    monkeypatch.setattr(
+        coco, "read_json", lambda path: read.append(path.name) or json.loads(path.read_bytes())
+    )
     both = tasks.open_streams(["detection", "segmentation", "panoptic"], options(folder))
     assert sorted(read) == [f"instances_{SPLIT}.json", f"panoptic_{SPLIT}.json"]
     for task, stream in both.items():
         assert stream.fingerprint == tasks.open_stream(task, options(folder)).fingerprint
+
+
+@pytest.mark.parametrize("task", ["detection", "segmentation", "pose"])
+def test_scores_of_a_real_file_are_those_of_pycocotools_on_the_file_itself(real_coco, task):
+    """Of answers that are off: every fifth is missing, the others are moved, some are of another category."""
+    path = coco.annotation_file(real_coco, {"pose": "person_keypoints"}.get(task, "instances"), "val2017")
+    content, rng, results = json.loads(path.read_text()), np.random.default_rng(0), []
+    of = {image["id"]: image for image in content["images"]}
+    for k, a in enumerate(content["annotations"]):
+        result = {"image_id": a["image_id"], "category_id": a["category_id"], "score": float(rng.random())}
+        if task == "detection":
+            result["bbox"] = (np.array(a["bbox"]) * rng.uniform(0.8, 1.2, 4)).tolist()
+        elif task == "pose":
+            result["keypoints"] = (np.array(a["keypoints"]) + rng.normal(0, 3, 51)).tolist()
+        else:
+            image = of[a["image_id"]]
+            mask = rle.decode(outlines.code(a["segmentation"], image["height"], image["width"]))
+            result["segmentation"] = coded(np.roll(mask, rng.integers(-9, 9, 2), (0, 1)))
+        results += [result] * (k % 5 > 0)
+    found = validation.open_items(task, options(real_coco, split="val2017"))
+    ours = average_precision(found.truth, results, KINDS[task], found.image_ids)
+    judge = COCOeval(COCO(path), COCO(path).loadRes(results), KINDS[task])
+    judge.evaluate(), judge.accumulate(), judge.summarize()
+    known = [100 * v if v >= 0 else None for v in judge.stats.tolist()]
+    assert list(ours.values()) == known[: len(ours)] and 1 < known[0] < 99
 
 
 # --- outlines
@@ -401,8 +446,6 @@ def test_wrong_run_lengths_are_refused_by_name(case, value, says):
 
 
 def test_compressed_run_lengths_are_pycocotools():
-    from pycocotools import mask as rle
-
     rng = np.random.default_rng(0)
     for k in range(200):
         mask = np.kron(rng.random(rng.integers(1, 20, 2)) < rng.random(), np.ones((1 + k % 9, 1 + k % 7)))
@@ -470,13 +513,16 @@ def test_every_mode_is_rgb(tmp_path):
 
 
 def test_more_pixels_than_pillow_takes_are_a_bad_picture(case, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1500)  # of the 48 x 64 of all of them: twice as many are refused
-    folder = case(lambda w: [Image.new("1", (20, 20)).save(w.D / f"{i}.png") for i in (1, 2, 4)])
-    for i in (1, 2, 4):
-        content = json.loads((folder / "annotations" / f"instances_{SPLIT}.json").read_text())
-    for image in content["images"]:
-        image.update({"width": 20, "height": 20} if image["id"] != 3 else {})
-    (folder / "annotations" / f"instances_{SPLIT}.json").write_text(json.dumps(content))
+    monkeypatch.setattr(
+        Image, "MAX_IMAGE_PIXELS", 1500
+    )  # of the 48 x 64 of all of them: twice as many are refused
+
+    def edit(w):
+        for i in (1, 2, 4):
+            Image.new("1", (20, 20)).save(w.D / f"{i}.png")
+            w.c["images"][i - 1].update(width=20, height=20)
+
+    folder = case(edit)
     for read in (train, items):
         with pytest.raises(BadImage, match="3.png cannot be decoded .*pixels"):
             read("detection", folder)
@@ -508,7 +554,7 @@ def test_narrow_and_tiny_pictures_train_and_are_evaluated(case, size):
     w, h = size
 
     def edit(c):
-        for kind, content in (("c", c.c), ("P", c.P)):
+        for content in (c.c, c.P):
             content["images"][2].update(width=w, height=h)
             content["annotations"][2].update(bbox=[0, 0, w, h], segmentation=[[0, 0, w, 0, w, h, 0, h]])
         c.T["images"][2].update(width=w, height=h)
@@ -590,7 +636,9 @@ def test_the_panoptic_png_is_the_one_that_is_named(case):
         for a in w.N["annotations"]:
             (w.M / a["file_name"]).rename(w.M / a["file_name"].replace(".png", "_panoptic.png"))
             a["file_name"] = a["file_name"].replace(".png", "_panoptic.png")
-            Image.new("RGB", (64, 48), (2, 0, 0)).save(w.M / a["file_name"].replace("_panoptic", ""))  # another
+            Image.new("RGB", (64, 48), (2, 0, 0)).save(
+                w.M / a["file_name"].replace("_panoptic", "")
+            )  # another
 
     folder = case(edit)
     stream = tasks.open_stream("panoptic", options(folder))
@@ -616,7 +664,10 @@ def segment(w, **changed) -> None:
         (lambda w: segment(w, id=2), ("segments_info[1]", "id 2 is there before")),
         (lambda w: segment(w, category_id=7), ("segments_info[0]", "unknown category id 7")),
         (lambda w: segment(w, iscrowd="0"), ("segments_info[0]", "iscrowd")),
-        (lambda w: w.N["annotations"][1].pop("file_name"), ("annotations[1] of 4 (image_id 2)", "no field file_name")),
+        (
+            lambda w: w.N["annotations"][1].pop("file_name"),
+            ("annotations[1] of 4 (image_id 2)", "no field file_name"),
+        ),
         (lambda w: w.N["annotations"][1].update(segments_info=None), ("annotations[1]", "segments_info")),
         (lambda w: w.N["annotations"][1].update(image_id=1), ("image_id 1 is there before",)),
         (lambda w: w.N["annotations"][1].update(image_id="2"), ("unknown image id '2' (known: 1",)),
@@ -654,11 +705,20 @@ def five(w, **more) -> None:
         (five, ("'person' has 5 keypoints", "which are of 17", "a list `sigmas` of 5")),
         (lambda w: five(w, sigmas=[0.1] * 4), ("sigmas must be 5 positive numbers",)),
         (lambda w: five(w, sigmas=[0.1] * 4 + [0]), ("sigmas must be 5 positive numbers",)),
-        (lambda w: [a["bbox"].append(0.9) for a in w.P["annotations"]], ("annotations[0] of 4", "bbox must be")),
+        (
+            lambda w: [a["bbox"].append(0.9) for a in w.P["annotations"]],
+            ("annotations[0] of 4", "bbox must be"),
+        ),
         (lambda w: person(w, bbox=[]), (SECOND, "bbox must be [x, y, w, h], got []")),
         (lambda w: person(w, bbox=[16, None, 32, 24]), (SECOND, "bbox must be")),
-        (lambda w: w.P["annotations"][1]["keypoints"].__setitem__(3, None), (SECOND, "keypoints must be numbers")),
-        (lambda w: w.P["annotations"][1]["keypoints"].__setitem__(3, math.nan), (SECOND, "keypoint", "not finite")),
+        (
+            lambda w: w.P["annotations"][1]["keypoints"].__setitem__(3, None),
+            (SECOND, "keypoints must be numbers"),
+        ),
+        (
+            lambda w: w.P["annotations"][1]["keypoints"].__setitem__(3, math.nan),
+            (SECOND, "keypoint", "not finite"),
+        ),
         (lambda w: w.P["annotations"][1]["keypoints"].pop(), (SECOND, "50 numbers in keypoints, not 3 x 17")),
         (lambda w: person(w, keypoints="none"), (SECOND, "keypoints must be a list")),
         (lambda w: person(w, category_id=9), (SECOND, "unknown category id 9")),
@@ -680,6 +740,7 @@ def test_poses_that_cannot_be_scored_are_refused_before_training(case, edit, say
         lambda w: [(a.pop("iscrowd"), a.pop("segmentation"), a.pop("area")) for a in w.P["annotations"]],
         lambda w: five(w, sigmas=[0.1, 0.2, 0.1, 0.05, 0.1]),
         lambda w: w.P["categories"].append({"id": 2, "name": "bat"}),
+        lambda w: w.P["categories"].insert(0, {"id": -2, "name": "bat"}),
         lambda w: w.P["annotations"].append({"id": 9, "image_id": 1, "category_id": 1, "bbox": [0, 0, 9, 9]}),
     ],
 )
@@ -799,9 +860,18 @@ def questions(folder: Path, question: dict, answer=None, annotation=None, wrap=T
 @pytest.mark.parametrize(
     "changed, says",
     [
-        (dict(question={"image_id": "7"}), "questions[0] of 1 (question_id 5): image_id must be a whole number, got '7'"),
-        (dict(question={"question": None}), "questions[0] of 1 (question_id 5): question must be text, got None"),
-        (dict(question={}, answer=4), "annotations[0] of 1 (question_id 5): answers[3] of 10: answer must be text, got 4"),
+        (
+            dict(question={"image_id": "7"}),
+            "questions[0] of 1 (question_id 5): image_id must be a whole number, got '7'",
+        ),
+        (
+            dict(question={"question": None}),
+            "questions[0] of 1 (question_id 5): question must be text, got None",
+        ),
+        (
+            dict(question={}, answer=4),
+            "annotations[0] of 1 (question_id 5): answers[3] of 10: answer must be text, got 4",
+        ),
         (dict(question={}, answer=["a"]), "answers[3] of 10: answer must be text"),
         (dict(question={}, annotation={"answers": None}), "answers must be a list, got None"),
         (dict(question={}, annotation={"image_id": None}), "image_id must be a whole number, got None"),
@@ -820,10 +890,6 @@ def test_questions_with_a_byte_order_mark_are_read(tmp_path):
 
 
 # --- scripts
-
-
-class Still(nn.Module):
-    pass
 
 
 @pytest.mark.parametrize(
