@@ -104,9 +104,8 @@ class Items:
         self.path, self.items, self.name, self.replaced = path, items, name, 0
         if type(items) is not list:
             raise ValueError(f"{path}: no list called {name}")
-        for i, item in enumerate(items):
-            if type(item) is not dict:
-                self.refuse(i, f"must be an object, got {_shown(item)}")
+        if other := [i for i, item in enumerate(items) if type(item) is not dict]:
+            self.refuse(other[0], f"must be an object, got {_shown(items[other[0]])}")
 
     def where(self, i: int) -> str:
         item = self.items[i] if type(self.items[i]) is dict else {}
@@ -121,17 +120,25 @@ class Items:
 
         default: what stands where it is missing or null
         """
-        values = [item.get(key) for item in self.items]
+        values, good = [item.get(key) for item in self.items], set(types)
         if default is not None:
             values = [default if value is None else value for value in values]
-        if not set(map(type, values)) <= {*types, type(default)} - {type(None)}:
-            good = {*types, type(default)} - {type(None)}
+        if not good.issuperset(map(type, values)):
             i = next(i for i, value in enumerate(values) if type(value) not in good)
             if key not in self.items[i]:
                 self.refuse(i, f"no field {key}")
             expected = " or ".join(KINDS[kind] for kind in types if not (kind is int and float in types))
             self.refuse(i, f"{key} must be {expected}, got {_shown(values[i])}")
         return [self.whole(value) for value in values] if str in types else values
+
+    def floats(self, key: str, values: list, places=None) -> np.ndarray:
+        """The values of a field as float64; places: whose they are. Raises ValueError for one too large."""
+        try:
+            return np.array(values, np.float64)
+        except OverflowError:
+            large = (any(abs(v) > 1e308 for v in np.ravel(np.array(value, object))) for value in values)
+            i = list(large).index(True)
+            self.refuse(i if places is None else int(places[i]), f"{key} holds a number that is too large")
 
     def whole(self, text):
         """A text in which half characters, which no file can hold, are replaced."""

@@ -105,7 +105,7 @@ def read_objects(file: Coco, outlines: Callable | None = None) -> Objects:
     annotations = file.annotations
     labels = np.array(annotations.refer("category_id", file.label_of(), "category"), np.int64)
     crowd = flags(annotations, "iscrowd")
-    areas = np.array(annotations.column("area", int, float, default=np.nan), np.float64)
+    areas = annotations.floats("area", annotations.column("area", int, float, default=np.nan))
     if (wrong := (areas < 0) | np.isinf(areas)).any():
         annotations.refuse(int(wrong.argmax()), f"area must be at least 0, got {areas[wrong][0]}")
     xywh = boxes(annotations)
@@ -145,8 +145,7 @@ def boxes(items: Items) -> np.ndarray:
     for i, box in enumerate(found):
         if len(box) != 4 or not {int, float}.issuperset(map(type, box)):
             items.refuse(i, f"bbox must be [x, y, w, h], got {box}")
-    with expecting(items.path, "a COCO file: a number in a bbox is too large"):
-        return np.array(found, np.float64).reshape(-1, 4)
+    return items.floats("bbox", found).reshape(-1, 4)
 
 
 def to_xyxy(xywh: np.ndarray) -> np.ndarray:

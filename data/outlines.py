@@ -1,7 +1,7 @@
 """COCO's `segmentation`s, checked before pycocotools' C code sees them, which believes all that it is told.
 
 Polygons, [[x, y, x, y, ...], ...] or a flat list for one: each part needs three points or more, an even count
-of finite numbers, and stays within FAR times its image's longer side; other parts are dropped.
+of finite numbers, and stays within FAR times its image's longer side, and FARTHEST; other parts are dropped.
 Run lengths, {"size": [h, w], "counts": [...] or LEB128-like text}: what is wrong with these is an error.
 """
 
@@ -14,7 +14,7 @@ from pycocotools import mask as rle
 from data.coco import Coco, Objects
 from files import Items
 
-FAR = 10  # pycocotools walks along every edge, in fifths of a pixel, and counts its steps in 32 bits
+FAR, FARTHEST = 10, 1e6  # px; pycocotools walks along every edge in steps of a fifth, counted in 32 bits
 CHUNK = 4096  # annotations at once: what is good, nearly all, is checked by numpy
 
 
@@ -25,7 +25,7 @@ def check(annotations: Items, sizes: np.ndarray, only: np.ndarray | None = None)
     Raises ValueError naming an annotation with wrong run lengths.
     """
     found, bad = [item.get("segmentation") for item in annotations.items], {}
-    far = FAR * sizes.max(1, initial=0)
+    far = np.minimum(FAR * sizes.max(1, initial=0).astype(np.float64), FARTHEST)
     places = range(len(found)) if only is None else only.tolist()
     for start in range(0, len(places), CHUNK):
         drawn = [k for k in places[start : start + CHUNK] if type(found[k]) is not dict]

@@ -100,4 +100,4 @@ def read_results(path: str | Path) -> tuple[Items, list, np.ndarray, np.ndarray]
     with expecting(path, "a COCO results file of boxes"):
         results = Items(path, read_json(path), "results")
         ids = results.column("image_id", int, str)
-        return results, ids, boxes(results), np.array(results.column("score", int, float), np.float64)
+        return results, ids, boxes(results), results.floats("score", results.column("score", int, float))

@@ -101,7 +101,7 @@ def posed(file: Coco) -> tuple[dict, Objects, np.ndarray]:
             file.annotations.refuse(k, f"{len(value)} numbers in keypoints, not 3 x {len(names)}")
         if not {int, float}.issuperset(map(type, value)):
             file.annotations.refuse(k, "keypoints must be numbers")
-    keypoints = np.array(values, np.float64).reshape(-1, len(names), 3)
+    keypoints = file.annotations.floats("keypoints", values, objects.places).reshape(-1, len(names), 3)
     if (wrong := ~np.isfinite(keypoints).all((1, 2))).any():
         file.annotations.refuse(int(objects.places[wrong][0]), "a keypoint that is not finite")
     return category, objects, keypoints

@@ -60,7 +60,7 @@ def made() -> dict:
 
 @pytest.fixture
 def case(tmp_path):
-    """case(edit) -> the folder. edit(w) changes w.c, w.P, w.N, w.T, and files in w.D (pictures), w.M (maps)."""
+    """case(edit) -> the folder. edit(w) changes w.c, w.P, w.N, w.T, files in w.D (pictures), w.M (PNGs)."""
 
     def write(edit=lambda w: None) -> Path:
         D, annotations = tmp_path / SPLIT, tmp_path / "annotations"
@@ -254,7 +254,8 @@ SECOND = "annotations[1] of 4 (id 2)"
         (lambda w: w.c["annotations"][1]["bbox"].pop(), (SECOND, "bbox must be")),
         (lambda w: first(w, bbox=[16, 12, None, 24]), (SECOND, "bbox must be")),
         (lambda w: first(w, bbox={"x": 16}), (SECOND, "bbox must be a list")),
-        (lambda w: first(w, bbox=[16, 12, 10**400, 24]), ("too large",)),
+        (lambda w: first(w, bbox=[16, 12, 10**400, 24]), (SECOND, "bbox holds a number that is too large")),
+        (lambda w: first(w, area=10**400), (SECOND, "area holds a number that is too large")),
         (lambda w: first(w, area="768"), (SECOND, "area must be a number, got '768'")),
         (lambda w: first(w, area=-1), (SECOND, "area must be at least 0, got -1")),
         (lambda w: w.c.pop("images"), ("no list called images",)),
@@ -407,6 +408,17 @@ def test_bad_parts_are_dropped_not_objects(case, part, why):
             assert "1 parts of outlines dropped" in notes[1] and why in notes[1] and SECOND in notes[1]
     alone = tasks.open_stream("segmentation", options(case(lambda w: first(w, segmentation=[part]))))
     assert len(alone.data.labels) == 3
+
+
+def test_a_width_that_no_picture_has_does_not_reach_pycocotools(case):
+    """The mask is asked for its area before the picture is seen."""
+    far = [16, 12, 1.9e9, 12, 1.9e9, 1.9e9]
+    folder = case(
+        lambda w: (first(w, segmentation=[far], area=...), w.c["images"][1].update(width=2_000_000_000))
+    )
+    for task in ("detection", "segmentation"):
+        with pytest.raises(BadImage, match="2.png is 64 x 48 pixels, its annotations say 2000000000 x 48"):
+            items(task, folder)
 
 
 def test_a_flat_list_is_one_polygon(case):
@@ -720,6 +732,7 @@ def five(w, **more) -> None:
             (SECOND, "keypoint", "not finite"),
         ),
         (lambda w: w.P["annotations"][1]["keypoints"].pop(), (SECOND, "50 numbers in keypoints, not 3 x 17")),
+        (lambda w: w.P["annotations"][1]["keypoints"].__setitem__(3, 10**400), (SECOND, "too large")),
         (lambda w: person(w, keypoints="none"), (SECOND, "keypoints must be a list")),
         (lambda w: person(w, category_id=9), (SECOND, "unknown category id 9")),
         (lambda w: w.P["categories"][0].pop("keypoints"), ("0 categories have keypoints",)),
