@@ -11,7 +11,6 @@ after a kill. Writes OUT/results_{before,after}.json in the official format, and
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +22,7 @@ import answers
 import evaluation
 import files
 from data.pictures import Pictures, collate, locate
+from data.references import read as read_references
 from ranks import launch, start
 from scores.captions import caption_scores, check_images
 
@@ -47,19 +47,21 @@ def main() -> None:
     ranks = start(args, p)
 
     # --- data
-    E = read(args.captions)[: args.limit]
+    E, notes = read(args.captions)
+    E = E[: args.limit]
     if args.results:
         captions = [read_results(path) for path in args.results]
         for of_images in captions:
             check_images([item.id for item in E], of_images)
-        return report(args, E, dict(zip(variants, captions, strict=True)), {}, [])
+        return report(args, E, dict(zip(variants, captions, strict=True)), {}, notes)
     pictures = locate(args.images, [item.image for item in E], args.captions)
 
     # --- model
     import blip2  # transformers: seconds that --help need not wait
 
     blip = blip2.Blip2(args.blip2, ranks.dtype, ranks.device)
-    set_M, notes = blip.attach(args.lora)
+    set_M, of_tower = blip.attach(args.lora)
+    notes += of_tower
     settings = answers.generation_settings(args, length_penalty=1.0)
     protocol = {"generation": settings, "prompt": args.prompt, "blip2": blip.version}
 
@@ -94,59 +96,33 @@ def main() -> None:
 class Item(NamedTuple):
     """image: its file's name; references: captions; domain: NoCaps'"""
 
-    id: int
+    id: int | str
     image: str
     references: list[str]
     domain: str | None = None
 
 
-def read(path: str) -> list[Item]:
-    """The images of a file of captions.
+def read(path: str) -> tuple[list[Item], list[str]]:
+    """The images of a file of captions, as data.references reads it, and what the user should know.
 
-    Raises FileNotFoundError, or ValueError for another format, ids that are there twice, images without any.
+    Raises FileNotFoundError, or ValueError for another format, images without a caption, unknown domains.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"--captions {path}: no such file")
-    try:
-        content = json.loads(Path(path).read_text())
-        images = content["images"]
-        if "annotations" in content:  # COCO's format
-            references = {i["id"]: [] for i in images}
-            for annotation in content["annotations"]:
-                references[annotation["image_id"]].append(annotation["caption"])
-            items = [Item(i["id"], i["file_name"], references[i["id"]], i.get("domain")) for i in images]
-        else:  # Karpathy's
-            items = [
-                Item(i["cocoid"], f"{i['filepath']}/{i['filename']}", [s["raw"] for s in i["sentences"]])
-                for i in images
-                if i["split"] == "test"
-            ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        what = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path}: neither NoCaps', COCO's nor Karpathy's captions ({what})") from error
-    if not items or len({item.id for item in items}) < len(items):
-        many = f"{len(items)} images (of Karpathy's the test images)"
-        raise ValueError(f"{path}: {many}; each must be there once")
+    _, images, notes = read_references(path)
+    items = [Item(**image) for image in images]
+    if not items:
+        raise ValueError(f"{path}: 0 images (of Karpathy's JSON, the test images are read)")
     if bare := [item.id for item in items if not item.references]:
         many = f"{len(bare)} of {len(items)} images"
         raise ValueError(f"{path}: {many} have no caption, the first is {bare[0]}")
-    if other := {item.domain for item in items} - {None, *DOMAINS}:
-        raise ValueError(f"{path}: domain must be one of {', '.join(DOMAINS)}, got {other.pop()}")
-    return items
+    if other := [item.domain for item in items if item.domain not in (None, *DOMAINS)]:
+        raise ValueError(f"{path}: domain must be one of {', '.join(DOMAINS)}, got {other[0]!r}")
+    return items, notes
 
 
 def read_results(path: str) -> dict:
     """{image id: caption} from the official format, a list of {image_id, caption}."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"--results {path}: no such file")
-    try:
-        rows = json.loads(Path(path).read_text())
-        captions = {row["image_id"]: row["caption"] for row in rows}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no results file, a list of image_id and caption") from error
-    if len(captions) < len(rows):
-        raise ValueError(f"{path}: {len(rows) - len(captions)} images are there twice")
-    return captions
+    rows = files.Items(path, files.read_json(path), "results")
+    return dict(zip(rows.ids("image_id"), rows.column("caption", str), strict=True))
 
 
 # --- save

@@ -20,7 +20,7 @@ import evaluation
 import files
 import tasks
 from backbone import add_backbone_options, backbone_settings, check_backbone_options, open_backbone
-from data.coco import annotation_file, read_json
+from data.coco import annotation_file
 from ranks import gather, launch, start, to_device
 
 
@@ -154,8 +154,8 @@ class AveragePrecision:
         from scores.average_precision import average_precision
 
         results = [r for results in kept for r in results]
-        ids = self.items.image_ids
-        return results, average_precision(self.items.annotations, results, self.kind, ids), None
+        ids, sigmas = self.items.image_ids, self.categories[0].get("sigmas") if self.categories else None
+        return results, average_precision(self.items.truth, results, self.kind, ids, sigmas), None
 
     def intervals(self, before: None, after: None) -> dict:
         return {}  # AP is no sum or mean over images
@@ -177,15 +177,14 @@ class PanopticQuality:
     notes = ("PQ: our own count by COCO's rules; intervals: 95%, paired bootstrap over images",)
 
     def __init__(self, items, head, args):
-        content = read_json(items.annotations, ("annotations",))
-        self.truth = {a["image_id"]: a for a in content["annotations"]}
-        self.image_ids = items.image_ids
+        self.truth, self.image_ids = items.truth, items.image_ids
         self.pngs, self.out = items.annotations.with_suffix(""), Path(args.out)
         self.categories, self.seed = head.config["categories"], args.seed
 
     def keep(self, answer: dict, variant: str) -> tuple[dict, np.ndarray]:
+        from data.segmentation import read_segments
         from heads.coco_results import write_panoptic
-        from scores.panoptic_quality import image_counts, read_segments
+        from scores.panoptic_quality import image_counts
 
         if answer["image_id"] not in self.truth:
             what = "1 images are predicted for, but are not in the annotations"
@@ -223,11 +222,7 @@ class CaptionScores:
     """CIDEr and BLEU-4 of the captions that the head decodes."""
 
     def __init__(self, items, head, args):
-        content = read_json(items.annotations, ("annotations",))
-        self.references = {i: [] for i in items.image_ids}
-        for a in content["annotations"]:
-            if a["image_id"] in self.references:
-                self.references[a["image_id"]].append(a["caption"])
+        self.references = {i: items.truth[i] for i in items.image_ids}
         self.notes, self.seed = [], args.seed
 
     def keep(self, answer: dict, variant: str) -> dict:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from functools import cache
 from io import BytesIO
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -21,6 +22,10 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+IDS = "id", "question_id", "cocoid", "imgid", "image_id"  # what tells an item of a JSON file from the others
+KINDS = {int: "a whole number", float: "a number", str: "text", list: "a list", dict: "an object"}
+KINDS[bool] = "true or false"
 
 # --- out
 
@@ -68,6 +73,109 @@ def save(tensors: dict[str, Tensor], path: str | Path, **header: dict) -> None:
 
 
 # --- in
+
+
+def read_json(path: str | Path):
+    """What a JSON file holds; a byte-order mark is no part of it. Raises FileNotFoundError, ValueError."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        return json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}; download it again") from error
+
+
+@contextmanager
+def expecting(path: str | Path, what: str) -> Iterator[None]:
+    """Whatever is not as it is read within is one line: FILE is not `what`."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"{path} is not {what}: {type(error).__name__}: {error}") from error
+
+
+class Items:
+    """A list of objects in a JSON file, read by columns; what is amiss is told by file, place and id.
+
+    name: of the list; replaced: how many texts had half a character (a lone surrogate), now a ?
+    """
+
+    def __init__(self, path: str | Path, items, name: str):
+        self.path, self.items, self.name, self.replaced = path, items, name, 0
+        if type(items) is not list:
+            raise ValueError(f"{path}: no list called {name}")
+        if other := [i for i, item in enumerate(items) if type(item) is not dict]:
+            self.refuse(other[0], f"must be an object, got {_shown(items[other[0]])}")
+
+    def where(self, i: int) -> str:
+        item = self.items[i] if type(self.items[i]) is dict else {}
+        names = (f" ({key} {_shown(item[key])})" for key in IDS if key in item)
+        return f"{self.name}[{i}] of {len(self.items)}{next(names, '')}"
+
+    def refuse(self, i: int, why: str) -> NoReturn:
+        raise ValueError(f"{self.path}: {self.where(i)}: {why}")
+
+    def column(self, key: str, *types: type, default=None) -> list:
+        """A field of every item. Raises ValueError where it is missing or of another type.
+
+        default: what stands where it is missing or null
+        """
+        values, good = [item.get(key) for item in self.items], set(types)
+        if default is not None:
+            values = [default if value is None else value for value in values]
+        if not good.issuperset(map(type, values)):
+            i = next(i for i, value in enumerate(values) if type(value) not in good)
+            if key not in self.items[i]:
+                self.refuse(i, f"no field {key}")
+            expected = " or ".join(KINDS[kind] for kind in types if not (kind is int and float in types))
+            self.refuse(i, f"{key} must be {expected}, got {_shown(values[i])}")
+        return [self.whole(value) for value in values] if str in types else values
+
+    def floats(self, key: str, values: list, places=None) -> np.ndarray:
+        """The values of a field as float64; places: whose they are. Raises ValueError for one too large."""
+        try:
+            return np.array(values, np.float64)
+        except OverflowError:
+            large = (any(abs(v) > 1e308 for v in np.ravel(np.array(value, object))) for value in values)
+            i = list(large).index(True)
+            self.refuse(i if places is None else int(places[i]), f"{key} holds a number that is too large")
+
+    def whole(self, text):
+        """A text in which half characters, which no file can hold, are replaced."""
+        if type(text) is not str or text.isascii():
+            return text
+        mended = text.encode("utf-8", "replace").decode()
+        self.replaced += mended != text
+        return mended
+
+    def ids(self, key: str = "id") -> list[int] | list[str]:
+        """Ids, all whole numbers or all text. Raises ValueError if one is there twice."""
+        ids = self.column(key, int, str)
+        for i, value in enumerate(ids):
+            if type(value) is not type(ids[0]):
+                self.refuse(i, f"{key} {value!r} beside {ids[0]!r}: write all as numbers, or all as text")
+            if type(value) is int and not -(2**63) <= value < 2**63:
+                self.refuse(i, f"{key} {value} has more than 64 bits: write the ids as text")
+        if len(set(ids)) < len(ids):
+            seen = set()
+            i = next(i for i, value in enumerate(ids) if value in seen or seen.add(value))
+            self.refuse(i, f"{key} {ids[i]!r} is there before, at {self.where(ids.index(ids[i]))}")
+        return ids
+
+    def refer(self, key: str, place_of: dict, what: str) -> list[int]:
+        """Where each item's reference leads; place_of: {id: place}. Raises ValueError for an unknown id."""
+        ids = self.column(key, int, str)
+        places = [place_of.get(value, -1) for value in ids]
+        if -1 in places:
+            i = places.index(-1)
+            known = f"{_shown(next(iter(place_of)))} and the like" if place_of else "none"
+            self.refuse(i, f"unknown {what} id {_shown(ids[i])} (known: {known})")
+        return places
+
+
+def _shown(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def read_header(path: str | Path, kind: str) -> dict:
@@ -121,6 +229,15 @@ def fingerprint(path: str | Path) -> str:
     return digest.hexdigest()[:16] if weights else str(path)
 
 
+# --- pictures in
+#
+# One reader for every script: 8 bits of RGB. 16-bit grey and floats in 0..1 are scaled; what is transparent
+# lies on white; of an animation it is the first frame. The pixels are those that are stored: orientations of
+# EXIF's are not applied, as COCO's annotations and sizes are for pixels as they are stored.
+
+MOST_16, ORIENTATION = 65535, 0x0112  # EXIF's tag
+
+
 class BadImage(ValueError):
     """A file that is not the picture that it should be."""
 
@@ -131,9 +248,31 @@ def open_picture(source: str | Path | bytes | np.ndarray) -> Image.Image:
         if isinstance(source, np.ndarray):
             return Image.fromarray(source)
         with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
+            if image.mode == "F" or image.mode[0] == "I":
+                return Image.fromarray(_to_8_bits(image)).convert("RGB")
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BadImage(f"cannot be decoded ({error})") from error
+    except Exception as error:  # decoders raise what they like
+        raise BadImage(f"cannot be decoded ({str(error) or type(error).__name__})") from error
+
+
+def _to_8_bits(image: Image.Image) -> np.ndarray:
+    """(h, w) uint8 of 16-bit or float grey, scaled by its range. Raises ValueError for what is beyond."""
+    values = np.asarray(image, np.float64)
+    low, high = values.min(), values.max()
+    most = 1 if image.mode == "F" else MOST_16
+    if image.mode == "I" and image.format not in (
+        "PNG",
+        "PPM",
+    ):  # 32 bits, of which who knows how many are used
+        raise ValueError(f"32-bit whole numbers from {low:g} to {high:g}: store it with 8 or 16 bits")
+    if not (low >= 0 and high <= most):
+        raise ValueError(
+            f"numbers from {low:g} to {high:g}, expected 0 to {most}: store it with 8 or 16 bits"
+        )
+    return (values * (255 / most) + 0.5).astype(np.uint8)
 
 
 def read_picture(path: str | Path, size: tuple[int, int] = (0, 0)) -> Tensor:
@@ -144,10 +283,14 @@ def read_picture(path: str | Path, size: tuple[int, int] = (0, 0)) -> Tensor:
     try:
         image = open_picture(path)
     except BadImage as error:
-        raise BadImage(f"{path} {error}: restore it, or use --skip-bad-images") from error
+        raise BadImage(f"{path} {error}") from error
     if any(size) and (image.height, image.width) != tuple(size):
         found, annotated = f"{image.width} x {image.height}", f"{size[1]} x {size[0]}"
-        raise BadImage(f"{path} is {found} pixels, its annotations say {annotated}")
+        with Image.open(path) as stored:
+            turned = stored.getexif().get(ORIENTATION, 1)
+        why = f" (EXIF orientation {turned}: they are for the turned picture; turn its pixels)"
+        why = why if turned > 4 and image.size == tuple(size) else ""
+        raise BadImage(f"{path} is {found} pixels, its annotations say {annotated}{why}")
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, h, w)
 
 

@@ -71,7 +71,7 @@ def main() -> None:
     out = Path(args.out)
 
     # --- data
-    datasets = {task: tasks.open_stream(task, args) for task in args.tasks}
+    datasets = tasks.open_streams(args.tasks, args)
 
     # --- model
     # What trains is fp32; with --full that is M, which 16 bit would round back to where it was

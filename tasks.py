@@ -10,13 +10,15 @@ of pose's crops (data.pose.person_crop): image_id, crop_cxcywh and score of the 
 """
 
 import argparse
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import nn
 
 import files
-from data.coco import annotation_file, read_ids
+from data.coco import annotation_file, read, read_ids
 from data.stream import Stream
 
 NAMES = ("detection", "segmentation", "panoptic", "captioning", "pose")
@@ -79,10 +81,16 @@ def annotations(task: str, args: argparse.Namespace) -> Path:
     return Path(captions)
 
 
-def open_stream(task: str, args: argparse.Namespace) -> Stream:
+def open_streams(names: list[str], args: argparse.Namespace) -> dict[str, Stream]:
+    """The training streams of several tasks; a file that two of them need is read once."""
+    once = cache(read)
+    return {task: open_stream(task, args, once) for task in names}
+
+
+def open_stream(task: str, args: argparse.Namespace, read: Callable = read) -> Stream:
     """A task's training stream as the options of both stages describe it."""
     exclude = read_ids(args.exclude_images) if args.exclude_images else set()
-    options = dict(scale=args.image_scale, fraction=args.data_fraction, exclude=exclude)
+    options = dict(scale=args.image_scale, fraction=args.data_fraction, exclude=exclude, read=read)
     if task == "captioning":
         options |= dict(captions=args.captions, min_count=args.min_count)
     return find(task).Stream(args.coco, args.split, args.seed, **options, skip_bad=args.skip_bad_images)

@@ -279,17 +279,15 @@ def answer(backbone: Backbone, head: nn.Module, task: str, samples: list[tuple[T
     return (head.predict_panoptic if task == "panoptic" else head.predict)(f, y)[0]
 
 
-def read_persons(path: Path) -> dict[int, list[tuple[list[float], float]]]:
-    """{image id: its boxes x, y, w, h and their scores}. Raises ValueError if it is no COCO results file."""
-    try:
-        found = {}
-        for b in json.loads(path.read_bytes()):
-            found.setdefault(int(b["image_id"]), []).append(
-                ([float(v) for v in b["bbox"]], float(b["score"]))
-            )
-        return found
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--persons {path} is not a COCO results file of boxes: {error}") from error
+def read_persons(path: Path) -> dict[int | str, list[tuple[list[float], float]]]:
+    """{image id: its boxes x, y, w, h and their scores}. Raises ValueError as read_results does."""
+    from data.persons import read_results
+
+    found, (_, ids, boxes, scores) = {}, read_results(path)
+    for image_id, box, score in zip(ids, boxes.tolist(), scores.tolist(), strict=True):
+        if all(-1e6 < v < 1e6 for v in box) and min(box[2:]) > 0 and score > 0:
+            found.setdefault(image_id, []).append((box, score))
+    return found
 
 
 def crops(pixels: Tensor, file: Path, persons: dict | None, patch: int, scale: float) -> list[tuple]:
@@ -298,8 +296,8 @@ def crops(pixels: Tensor, file: Path, persons: dict | None, patch: int, scale: f
 
     if persons is None:
         boxes = [((0, 0, pixels.shape[2], pixels.shape[1]), 1.0)]
-    elif file.stem.isdecimal():
-        boxes = persons.get(int(file.stem), [])
+    elif file.stem in persons or file.stem.isdecimal():
+        boxes = persons.get(file.stem) or persons.get(int(file.stem), [])
     else:
         raise ValueError(
             f"{file}: --persons goes by image ids, and this name is none (000000000139.jpg: 139)"

@@ -7,6 +7,7 @@ or a Karpathy dataset_coco.json (its train and restval) beside the images of 201
 import os
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,10 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
-from data.coco import annotation_file, check_on_disk, read_json
+from data.coco import LISTS, Coco, annotation_file, check_on_disk, read
+from data.references import karpathy
 from data.stream import Stream
+from files import read_json
 
 SIDE, MOST_WORDS = 256, 50  # px; of a sentence; the authors' release
 
@@ -32,65 +35,72 @@ def make_vocabulary(sentences: list[list[str]], min_count: int) -> list[str]:
     return ["<pad>", *kept, "<unk>", "<start>", "<end>"]
 
 
-def read_captions(coco: str | Path, split: str) -> tuple[list[dict], list[tuple[int, list[str]]]]:
+def read_captions(
+    coco: str | Path, split: str, read: Callable = read
+) -> tuple[list[dict], list[tuple[int, list[str]]], str]:
     """The images (id, name below `coco`, size) of captions_*.json; its captions (row of the image, words).
 
     Raises ValueError for a caption of an unknown image, FileNotFoundError for images that are not on disk.
+    Last is what the user should know of them.
     """
-    path = annotation_file(coco, "captions", split)
-    content = read_json(path, ("images", "annotations"))
-    try:
-        images = sorted(content["images"], key=lambda image: image["id"])
-        row_of = {image["id"]: row for row, image in enumerate(images)}
-        names = [image["file_name"] for image in images]
-        found = [
-            {"id": image["id"], "name": f"{split}/{name}", "size": (image["height"], image["width"])}
-            for image, name in zip(images, names, strict=True)
-        ]
-        for a in content["annotations"]:
-            if a["image_id"] not in row_of:
-                raise ValueError(f"{path}: caption {a['id']}: unknown image id {a['image_id']}")
-            if not isinstance(a["caption"], str):
-                raise ValueError(f"{path}: caption {a['id']} is not a string: {a['caption']!r}")
-        sentences = [(row_of[a["image_id"]], tokenize(a["caption"])) for a in content["annotations"]]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a COCO captions file: {type(error).__name__}: {error}") from error
-    check_on_disk(path, Path(coco) / split, names)
-    return found, sentences
+    file = read(annotation_file(coco, "captions", split), LISTS[:2])
+    texts = file.annotations.column("caption", str)
+    names = check_on_disk(file.path, Path(coco) / split, file.names)
+    images = zip(file.ids.tolist(), names, map(tuple, file.sizes.tolist()), strict=True)
+    images = [{"id": i, "name": f"{split}/{name}", "size": size} for i, name, size in images]
+    sentences = zip(file.rows.tolist(), map(tokenize, texts), strict=True)
+    return images, list(sentences), replaced(file.annotations.replaced)
+
+
+def references(file: Coco) -> tuple[dict[int | str, list[str]], list[str]]:
+    """{image id: its captions} of the images that have some, and what the user should know."""
+    found, ids = {}, file.ids.tolist()
+    for row, text in zip(file.rows.tolist(), file.annotations.column("caption", str), strict=True):
+        found.setdefault(ids[row], []).append(text)
+    half = file.annotations.replaced
+    return found, [f"{file.path}{replaced(half)}"] * bool(half)
 
 
 def read_karpathy(path: str | Path, coco: str | Path, split: str) -> tuple[list[dict], list[tuple], str]:
     """The same of the train and restval images of a Karpathy JSON, and what was left out.
 
-    An image is FILEPATH/FILENAME (train2014/COCO_train2014_...jpg) or SPLIT/ID.jpg; those in neither place
-    are left out: 5,000 of COCO's images of 2014 are not in train2017.
+    An image is FILEPATH/FILENAME (train2014/COCO_train2014_...jpg), SPLIT/ID.jpg, or, where the file tells no
+    FILEPATH (Flickr30k's), FILENAME or SPLIT/FILENAME; those in no such place are left out: 5,000 of COCO's
+    images of 2014 are not in train2017.
     """
-    content = read_json(Path(path), ("images",))
-    try:
-        used = [i for i in content["images"] if i["split"] in ("train", "restval")]
-        places = {place: _listed(Path(coco) / place) for place in {split, *(i["filepath"] for i in used)}}
-        images, sentences = [], []
-        for image in sorted(used, key=lambda image: image["cocoid"]):
-            candidates = (image["filepath"], image["filename"]), (split, f"{image['cocoid']:012d}.jpg")
-            name = next((f"{place}/{name}" for place, name in candidates if name in places[place]), None)
-            if name:
-                images.append({"id": image["cocoid"], "name": name, "size": (0, 0)})  # not in the file
-            row = len(images) - 1 if name else None
-            sentences += [(row, [str(word) for word in s["tokens"]]) for s in image["sentences"]]
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is not a Karpathy dataset_coco.json: {type(error).__name__}: {error}"
-        ) from error
+    used = karpathy(path, read_json(path), ("train", "restval"))
+    listed = {place: _listed(Path(coco) / place) for place in {split, *(i["place"] for i in used)}}
+    images, sentences, half = [], [], 0
+    for image in sorted(used, key=lambda image: image["id"]):
+        candidates = [(image["place"], image["name"]), (split, image["name"])]
+        if isinstance(image["id"], int):
+            candidates.insert(1, (split, f"{image['id']:012d}.jpg"))
+        name = next(
+            (Path(place, name).as_posix() for place, name in candidates if name in listed[place]), None
+        )
+        if name:
+            images.append({"id": image["id"], "name": name, "size": (0, 0)})  # not in the file
+        row = len(images) - 1 if name else None
+        texts = image["sentences"]
+        for k, tokens in enumerate(texts.column("tokens", list)):
+            if not {str, int}.issuperset(map(type, tokens)):
+                texts.refuse(k, "tokens must be words")
+            sentences.append((row, [texts.whole(str(word)) for word in tokens]))
+        half += texts.replaced
     if not images:
         raise FileNotFoundError(
             f"{path}: none of its {len(used)} train and restval images is in "
-            f"{', '.join(sorted(places))} of {coco}"
+            f"{', '.join(sorted(place or '.' for place in listed))} of {coco}"
         )
-    return images, sentences, f", {len(used) - len(images)} images not in {coco} left out"
+    return images, sentences, f", {len(used) - len(images)} images not in {coco} left out{replaced(half)}"
 
 
 def _listed(folder: Path) -> set[str]:
     return set(os.listdir(folder)) if folder.is_dir() else set()
+
+
+def replaced(count: int) -> str:
+    return f", half a character (a lone surrogate) replaced in {count} texts" if count else ""
 
 
 class Captions(Stream):
@@ -104,14 +114,14 @@ class Captions(Stream):
 
     def __init__(
         self, coco, split, seed=0, scale=1.0, fraction=1.0, exclude=frozenset(), skip_bad=False,
-        captions=None, min_count=6,
+        read=read, captions=None, min_count=6,
     ):  # fmt: skip
-        path, left_out = captions, ""
+        path = captions
         if captions:
             images, sentences, left_out = read_karpathy(captions, coco, split)
         else:
             path = annotation_file(coco, "captions", split)
-            images, sentences = read_captions(coco, split)
+            images, sentences, left_out = read_captions(coco, split, read)
         self.vocabulary = make_vocabulary([words for _, words in sentences], min_count)
         if len(self.vocabulary) == 4:
             raise ValueError(f"{path}: no word occurs {min_count} times in its captions: see --min-count")
@@ -140,7 +150,7 @@ class Captions(Stream):
         self.ends = np.cumsum([0, *map(len, coded)])
         self.tokens = np.array([token for tokens in coded for token in tokens], np.int32)
         images = [images[row] for row in rows]
-        self.ids = np.array([image["id"] for image in images], np.int64)
+        self.ids = np.array([image["id"] for image in images])
         self.names = [image["name"] for image in images]
         self.sizes = np.array([image["size"] for image in images], np.int32).reshape(-1, 2)
         words = np.frombuffer(" ".join(self.vocabulary).encode(), np.uint8)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
@@ -9,8 +10,15 @@ from torchvision.ops import box_convert
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-from data.coco import read_instances
+from data.coco import read, read_instances
 from data.stream import Stream, randint
+
+
+class ShortestSize(v2.RandomShortestSize):
+    """The same, with at least a pixel left of the short side."""
+
+    def make_params(self, flat_inputs: list) -> dict:
+        return {"size": tuple(max(1, side) for side in super().make_params(flat_inputs)["size"])}
 
 
 class DetectionAugmentation:
@@ -25,9 +33,10 @@ class DetectionAugmentation:
             return [max(1, round(scale * size)) for size in sizes]
 
         self.flip = v2.RandomHorizontalFlip(0.5)
-        self.resize_before_crop = v2.RandomShortestSize(px(400, 500, 600))
+        # No longer than that: a picture of 3000 x 4 would take 1 GB
+        self.resize_before_crop = ShortestSize(px(400, 500, 600), max_size=px(20_000)[0])
         self.crop_least, self.crop_most = px(384, 600)
-        self.resize = v2.RandomShortestSize(px(480, 512, 544, 576, 608, 640, 672), max_size=px(672)[0])
+        self.resize = ShortestSize(px(480, 512, 544, 576, 608, 640, 672), max_size=px(672)[0])
 
     def __call__(self, image: tv_tensors.Image, boxes: tv_tensors.BoundingBoxes):
         image, boxes = self.flip(image, boxes)
@@ -45,8 +54,10 @@ class Detection(Stream):
 
     task = "detection"
 
-    def __init__(self, coco, split, seed=0, scale=1.0, fraction=1.0, exclude=frozenset(), skip_bad=False):
-        data = self.data = read_instances(coco, split)
+    def __init__(
+        self, coco, split, seed=0, scale=1.0, fraction=1.0, exclude=frozenset(), skip_bad=False, read=read
+    ):  # fmt: skip
+        data = self.data = read_instances(coco, split, read=read)
         self.folder, self.ids, self.names, self.sizes = Path(coco) / split, data.ids, data.names, data.sizes
         self.categories, self.notes, self.annotations = (
             data.categories,
@@ -54,7 +65,7 @@ class Detection(Stream):
             (data.boxes_xyxy, data.labels),
         )
         self.augment = DetectionAugmentation(scale)
-        self.choose(seed, fraction, exclude, skip_bad)
+        self.choose(seed, fraction, exclude, skip_bad, np.diff(data.first))
 
     def sample(self, image: Tensor, row: int, patch: int) -> tuple[Tensor, dict]:
         mine = slice(self.data.first[row], self.data.first[row + 1])

@@ -105,10 +105,17 @@ def parse(line: bytes) -> dict:
             pass  # the header alone: its pixels are decoded when they are needed
     except (KeyError, TypeError) as error:
         raise ValueError("without image_str") from error
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # decoders raise what they like
         raise ValueError("whose image_str is no picture") from error
     options = str(record.get("input", "")).split("\n")[1:]
     return {"outputs": record["outputs"].strip(), "options": [o.strip() for o in options if o.strip()]}
+
+
+def _key(image_id: int | str) -> int:
+    """A number to draw by, not negative: the id where it is one."""
+    if isinstance(image_id, int) and image_id >= 0:
+        return image_id
+    return int.from_bytes(hashlib.sha256(str(image_id).encode()).digest()[:8], "little")
 
 
 class BoxedCoco(Dataset):
@@ -121,7 +128,9 @@ class BoxedCoco(Dataset):
         rows = self.rows
         if not len(rows):
             raise ValueError(f"{self.folder}: no image with an object")
-        draws = [np.random.default_rng((seed, int(data.ids[row]))).integers(counts[row]) for row in rows]
+        draws = [
+            np.random.default_rng((seed, _key(data.ids[row].item()))).integers(counts[row]) for row in rows
+        ]
         self.chosen = data.first[rows] + np.array(draws, np.int64)
         self.labels, self.names = data.labels[self.chosen], [c["name"] for c in data.categories]
         empty = f"{(counts == 0).sum()} images without an object left out"

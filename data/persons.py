@@ -1,16 +1,16 @@
 """The persons to evaluate pose on: COCO's true boxes, or those of a detector."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from data.coco import annotation_file
-from data.pose import Persons, person_crop, read_persons
+from data.coco import annotation_file, boxes, read
+from data.outlines import truth
+from data.pose import Persons, person_crop, posed, read_persons
 from data.stream import collate
-from files import BadImage, read_picture
+from files import BadImage, Items, expecting, read_json, read_picture
 
 
 class PersonBoxes(Dataset):
@@ -18,17 +18,25 @@ class PersonBoxes(Dataset):
 
     target: item i, image_id, orig_size, size, crop_cxcywh (4,) in pixels of the image, score of the box
     boxes: COCO results of a person detector; None: the true boxes of persons with keypoints
+    truth: what pycocotools is to score against
     """
 
     def __init__(self, coco, split, scale=1.0, limit=None, boxes=None):
-        data = read_persons(coco, split)
-        self.annotations, self.categories = annotation_file(coco, "person_keypoints", split), data.categories
+        self.annotations = annotation_file(coco, "person_keypoints", split)
+        file = read(self.annotations)
+        data = read_persons(coco, split, read=lambda _: file)
+        self.categories = data.categories
+        category, objects, keypoints = posed(file)
+        counts = (keypoints[..., 2] > 0).sum(1).tolist()
+        points = keypoints.reshape(len(counts), -1).tolist()
+        self.truth = truth(file, objects, [category], keypoints=points, num_keypoints=counts)
         if boxes:
             data = read_boxes(boxes, data)
         self.image_ids = list(data.images)[:limit]
         self.rows = np.flatnonzero(np.isin(data.ids, self.image_ids))
         if not boxes and not len(self.rows):
-            raise ValueError(f"{self.annotations}: no person with keypoints in {len(self.image_ids)} images")
+            why = f"{self.annotations}: no person with keypoints in {len(self.image_ids)} images"
+            raise ValueError("; ".join([why, *data.notes[1:]]))
         self.data, self.folder, self.scale, self.patch = data, Path(coco) / split, scale, 1
         self.notes = [*data.notes, f"boxes of the persons: {boxes or 'the true ones'}"]
 
@@ -42,7 +50,7 @@ class PersonBoxes(Dataset):
         except BadImage as error:
             return error
         crop, target = person_crop(image, self.data.boxes_xywh[row], self.patch, self.scale)
-        known = {"item": i, "image_id": int(self.data.ids[row]), "score": float(self.data.scores[row])}
+        known = {"item": i, "image_id": self.data.ids[row].item(), "score": float(self.data.scores[row])}
         return crop, {**target, **known}
 
     @staticmethod
@@ -60,32 +68,36 @@ def read_boxes(path: str | Path, persons: Persons) -> Persons:
 
     Raises ValueError if there is none, or one is of an image that the annotations do not have.
     """
-    try:
-        content = json.loads(Path(path).read_bytes())
-        found = [b for b in content if b["category_id"] == persons.categories[0]["id"]]
-        boxes = np.array([b["bbox"] for b in found], np.float32).reshape(-1, 4)
-        scores = np.array([b["score"] for b in found], np.float64)
-        ids = np.array([b["image_id"] for b in found], np.int64)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a COCO results file of boxes: {error}") from error
-    unknown = [int(i) for i in ids if int(i) not in persons.images]
-    if unknown:
-        raise ValueError(f"{path}: {len(set(unknown))} images are not in the annotations: {unknown[0]}")
-    good = np.isfinite(boxes).all(1) & (boxes[:, 2:] > 0).all(1) & (scores > 0)
+    results, ids, xywh, scores = read_results(path)
+    kinds = results.column("category_id", int, str)
+    mine = np.array([kind == persons.categories[0]["id"] for kind in kinds], bool)
+    known = list(persons.images)
+    if unknown := sorted({repr(i) for i in ids} - set(map(repr, known))):
+        example = f" (those have ids like {known[0]!r})" if known else ""
+        raise ValueError(f"{path}: {len(unknown)} images are not in the annotations: {unknown[0]}{example}")
+    good = mine & np.isfinite(xywh).all(1) & (xywh[:, 2:] > 0).all(1) & (scores > 0)
     if not good.any():
-        raise ValueError(
-            f"{path} has no box of a person ({len(content)} entries): without it, true boxes serve"
-        )
-    order = np.flatnonzero(good)[np.argsort(ids[good], kind="stable")]
-    images = [persons.images[int(i)] for i in ids[order]]
+        raise ValueError(f"{path} has no box of a person ({len(ids)} entries): without it, true boxes serve")
+    row_of = {image_id: row for row, image_id in enumerate(known)}  # by rising id
+    rows = np.array([row_of[i] for i in ids])
+    order = np.flatnonzero(good)[np.argsort(rows[good], kind="stable")]
+    images = [persons.images[ids[k]] for k in order]
     return Persons(
-        ids=ids[order],
+        ids=np.array([ids[k] for k in order]),
         names=[name for name, *_ in images],
         sizes=np.array([size for _, *size in images], np.int32).reshape(-1, 2),
-        boxes_xywh=boxes[order],
+        boxes_xywh=xywh[order].astype(np.float32),
         keypoints=np.zeros((len(order), 0, 3), np.float32),
         scores=scores[order],
         images=persons.images,
         categories=persons.categories,
-        notes=[f"{path}: {len(order)} boxes of {len(set(ids[order].tolist()))} images"],
+        notes=[f"{path}: {len(order)} boxes of {len({ids[k] for k in order})} images"],
     )
+
+
+def read_results(path: str | Path) -> tuple[Items, list, np.ndarray, np.ndarray]:
+    """Boxes in COCO's results format: the entries, their image ids, boxes (n, 4) x, y, w, h, scores (n,)."""
+    with expecting(path, "a COCO results file of boxes"):
+        results = Items(path, read_json(path), "results")
+        ids = results.column("image_id", int, str)
+        return results, ids, boxes(results), results.floats("score", results.column("score", int, float))

@@ -4,6 +4,7 @@ A crop shows a region of the image: a box enlarged by 1.25 and to the aspect of 
 (UDP, arXiv 1911.07524): its first and last pixels lie on the region's edges, so mirrored crops fit exactly.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
-from data.coco import LISTS, annotation_file, check_on_disk, read_json
+from data.coco import Coco, Objects, annotation_file, check_on_disk, read, read_objects
 from data.stream import Stream
+from files import Items
 
 PADDING = 1.25  # ViTPose's
 GRID = 16, 12  # patches; ViTPose's. 224 x 168 pixels with patches of 14
@@ -34,54 +36,86 @@ class Persons:
     boxes_xywh: np.ndarray
     keypoints: np.ndarray
     scores: np.ndarray
-    images: dict[int, tuple[str, int, int]]
+    images: dict[int | str, tuple[str, int, int]]
     categories: list[dict]
     notes: list[str] = field(default_factory=list)
 
 
-def read_persons(coco: str | Path, split: str) -> Persons:
+def read_persons(coco: str | Path, split: str, read: Callable = read) -> Persons:
     """Persons with a labelled keypoint; crowds, and boxes without area, are left out.
 
-    Raises ValueError for an annotation with an unknown image or other keypoints than its category's;
-    FileNotFoundError for an image that is not on disk.
+    Raises ValueError naming an annotation that is not as it should be; FileNotFoundError for an image that is
+    not on disk.
     """
-    path = annotation_file(coco, "person_keypoints", split)
-    content = read_json(path, LISTS)
-    try:
-        images = {i["id"]: (i["file_name"], i["height"], i["width"]) for i in content["images"]}
-        posing = [c for c in content["categories"] if c.get("keypoints")]
-        if len(posing) != 1:
-            raise ValueError(f"{path}: {len(posing)} categories have keypoints, expected one, person")
-        category = {k: posing[0][k] for k in ("id", "name", "keypoints")}
-        category["mirror"] = mirror(category["keypoints"])
-        kept = [a for a in content["annotations"] if not a.get("iscrowd", 0) and any(a["keypoints"][2::3])]
-        for a in kept:
-            if a["image_id"] not in images:
-                raise ValueError(f"{path}: annotation {a['id']}: unknown image id {a['image_id']}")
-            if len(a["keypoints"]) != 3 * len(category["keypoints"]):
-                expected = f"3 x {len(category['keypoints'])} numbers"
-                raise ValueError(
-                    f"{path}: annotation {a['id']}: {len(a['keypoints'])} keypoints, not {expected}"
-                )
-        kept = sorted((a for a in kept if min(a["bbox"][2:]) > 0), key=lambda a: a["image_id"])
-        persons = Persons(
-            ids=np.array([a["image_id"] for a in kept], np.int64),
-            names=[images[a["image_id"]][0] for a in kept],
-            sizes=np.array([images[a["image_id"]][1:] for a in kept], np.int32).reshape(-1, 2),
-            boxes_xywh=np.array([a["bbox"] for a in kept], np.float32).reshape(-1, 4),
-            keypoints=np.array([a["keypoints"] for a in kept], np.float32).reshape(
-                -1, len(category["keypoints"]), 3
-            ),
-            scores=np.ones(len(kept)),
-            images=dict(sorted(images.items())),
-            categories=[category],
+    file = read(annotation_file(coco, "person_keypoints", split))
+    names = check_on_disk(file.path, Path(coco) / split, file.names)
+    category, objects, keypoints = posed(file)
+    kept = np.flatnonzero(~objects.crowd & (keypoints[..., 2] > 0).any(1))
+    kept = kept[np.argsort(objects.rows[kept], kind="stable")]
+    rows, others = objects.rows[kept], len(objects.rows) - len(kept)
+    return Persons(
+        ids=file.ids[rows],
+        names=[names[row] for row in rows],
+        sizes=file.sizes[rows],
+        boxes_xywh=objects.boxes_xywh[kept].astype(np.float32),
+        keypoints=keypoints[kept].astype(np.float32),
+        scores=np.ones(len(kept)),
+        images={
+            i: (n, *size) for i, n, size in zip(file.ids.tolist(), names, file.sizes.tolist(), strict=True)
+        },
+        categories=[category],
+        notes=[
+            f"{file.path}: {len(kept)} persons with keypoints, {others} annotations without left out",
+            *objects.notes,
+        ],
+    )
+
+
+def posed(file: Coco) -> tuple[dict, Objects, np.ndarray]:
+    """The category with keypoints, its objects, their keypoints (N, K, 3); 0, 0, 0 where none is labelled.
+
+    Raises ValueError if there is no such category or another, and naming what has other keypoints than it.
+    """
+    posing = [c for c in file.categories if c.get("keypoints")]
+    if len(posing) != 1:
+        raise ValueError(f"{file.path}: {len(posing)} categories have keypoints, expected one, person")
+    names = Items(file.path, posing, "categories").column("keypoints", list)[0]
+    if not {str}.issuperset(map(type, names)) or len(set(names)) < len(names):
+        raise ValueError(f"{file.path}: keypoints of category {posing[0]['name']!r} must be unlike names")
+    category = {"id": posing[0]["id"], "name": posing[0]["name"], "keypoints": names, "mirror": mirror(names)}
+    if "sigmas" in posing[0]:
+        category["sigmas"] = posing[0]["sigmas"]
+        check_sigmas(file.path, category["sigmas"], len(names))
+    elif len(names) != 17:
+        raise ValueError(
+            f"{file.path}: category {category['name']!r} has {len(names)} keypoints, and poses are scored by "
+            f"COCO's sigmas, which are of 17: add a list `sigmas` of {len(names)} to the category"
         )
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a COCO keypoints file: {type(error).__name__}: {error}") from error
-    check_on_disk(path, Path(coco) / split, [name for name, *_ in images.values()])
-    others = len(content["annotations"]) - len(kept)
-    persons.notes.append(f"{path}: {len(kept)} persons with keypoints, {others} annotations without left out")
-    return persons
+    objects, numbers = read_objects(file), 3 * len(names)
+    objects = objects.part(np.flatnonzero(objects.labels == file.label_of()[category["id"]]))
+    objects.labels[:] = 0
+    values = file.annotations.column("keypoints", list, default=[0] * numbers)
+    values = [values[k] for k in objects.places]
+    for k, value in zip(objects.places.tolist(), values, strict=True):
+        if len(value) != numbers:
+            file.annotations.refuse(k, f"{len(value)} numbers in keypoints, not 3 x {len(names)}")
+        if not {int, float}.issuperset(map(type, value)):
+            file.annotations.refuse(k, "keypoints must be numbers")
+    keypoints = file.annotations.floats("keypoints", values, objects.places).reshape(-1, len(names), 3)
+    if (wrong := ~np.isfinite(keypoints).all((1, 2))).any():
+        file.annotations.refuse(int(objects.places[wrong][0]), "a keypoint that is not finite")
+    return category, objects, keypoints
+
+
+def check_sigmas(path: Path, sigmas, count: int) -> None:
+    if not (
+        type(sigmas) is list
+        and len(sigmas) == count
+        and all(type(sigma) in (int, float) and 0 < sigma < np.inf for sigma in sigmas)
+    ):
+        raise ValueError(
+            f"{path}: sigmas must be {count} positive numbers, one of each keypoint, got {sigmas}"
+        )
 
 
 def mirror(names: list[str]) -> list[int]:
@@ -141,8 +175,10 @@ class Pose(Stream):
 
     task = "pose"
 
-    def __init__(self, coco, split, seed=0, scale=1.0, fraction=1.0, exclude=frozenset(), skip_bad=False):
-        data = self.data = read_persons(coco, split)
+    def __init__(
+        self, coco, split, seed=0, scale=1.0, fraction=1.0, exclude=frozenset(), skip_bad=False, read=read
+    ):  # fmt: skip
+        data = self.data = read_persons(coco, split, read)
         self.folder, self.ids, self.names, self.sizes = Path(coco) / split, data.ids, data.names, data.sizes
         self.categories, self.notes = data.categories, data.notes
         self.annotations = (data.boxes_xywh, data.keypoints)

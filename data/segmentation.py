@@ -11,9 +11,19 @@ from pycocotools import mask as rle
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
-from data.coco import SQUARE, Instances, annotation_file, read_instances, read_panoptic
+from data import outlines
+from data.coco import (
+    SQUARE,
+    Coco,
+    Instances,
+    annotation_file,
+    check_on_disk,
+    flags,
+    read,
+    read_instances,
+)
 from data.stream import Stream, randint
-from files import BadImage, read_picture
+from files import BadImage, Items, read_picture
 
 
 @dataclass
@@ -57,16 +67,20 @@ class Segmentation(Stream):
 
     task = "segmentation"
 
-    def __init__(self, coco, split, seed=0, scale=1.0, fraction=1.0, exclude=frozenset(), skip_bad=False):
-        data = self.data = self.read(coco, split)
+    def __init__(
+        self, coco, split, seed=0, scale=1.0, fraction=1.0, exclude=frozenset(), skip_bad=False, read=read
+    ):  # fmt: skip
+        data = self.data = self.load(coco, split, read)
         self.folder, self.ids, self.names, self.sizes = Path(coco) / split, data.ids, data.names, data.sizes
         self.categories, self.notes = data.categories, data.notes
         self.scale = scale
-        self.choose(seed, fraction, exclude, skip_bad)
+        self.choose(seed, fraction, exclude, skip_bad, np.diff(data.first))
 
-    def read(self, coco, split) -> Instances:
-        data = read_instances(coco, split, masks=True)
-        self.annotations = (data.labels, data.outlines)
+    def load(self, coco, split, read) -> Instances:
+        data = read_instances(coco, split, outlines.check, read)
+        self.outlines, self.ends = outlines.pack(data.outlines)
+        data.outlines = None  # they take ten times as much
+        self.annotations = (data.labels, self.outlines)
         return data
 
     def sample(self, image: Tensor, row: int, patch: int) -> tuple[Tensor, dict]:
@@ -89,11 +103,11 @@ class Segmentation(Stream):
         """The masks of an image's annotations, (h, w) uint8."""
         h, w = self.sizes[row].tolist()
         for k in range(self.data.first[row], self.data.first[row + 1]):
-            outline = json.loads(bytes(self.data.outlines[self.data.ends[k] : self.data.ends[k + 1]]))
-            codes = rle.frPyObjects(outline, h, w) if isinstance(outline, list) else outline
-            if isinstance(codes, dict) and isinstance(codes["counts"], list):
-                codes = rle.frPyObjects(codes, h, w)
-            yield rle.decode(rle.merge(codes) if isinstance(codes, list) else codes)
+            outline = json.loads(bytes(self.outlines[self.ends[k] : self.ends[k + 1]]))
+            yield rle.decode(outlines.code(outline, h, w))
+
+
+# --- panoptic
 
 
 class PanopticSegmentation(Segmentation):
@@ -101,20 +115,79 @@ class PanopticSegmentation(Segmentation):
 
     task = "panoptic"
 
-    def read(self, coco, split) -> Instances:
-        data = read_panoptic(coco, split)
-        self.annotations, self.maps = (
-            (data.labels, data.segments),
-            annotation_file(coco, "panoptic", split).with_suffix(""),
+    def load(self, coco, split, read) -> Instances:
+        file = read(annotation_file(coco, "panoptic", split))
+        annotated = read_panoptic(file)
+        kept = [[s for s in a["segments_info"] if not s["iscrowd"]] for a in annotated]
+        label_of, segments = file.label_of(), [s for of_image in kept for s in of_image]
+        rows = [a["row"] for a in annotated]
+        names = [file.names[row] for row in rows]
+        left_out = sum(len(a["segments_info"]) for a in annotated) - len(segments)
+        data = Instances(
+            ids=file.ids[rows],
+            names=check_on_disk(file.path, Path(coco) / split, names),
+            sizes=file.sizes[rows],
+            boxes_xyxy=np.zeros((0, 4), np.float32),
+            labels=np.array([label_of[s["category_id"]] for s in segments], np.int64),
+            first=np.cumsum([0, *map(len, kept)]),
+            categories=panoptic_categories(file),
+            segments=np.array([s["id"] for s in segments], np.int64),
+            notes=[f"{file.path}: {len(rows)} images, {len(segments)} segments, {left_out} crowds left out"],
         )
+        folder = file.path.with_suffix("")
+        maps = check_on_disk(file.path, folder, [a["file_name"] for a in annotated])
+        self.maps, self.annotations = [folder / name for name in maps], (data.labels, data.segments)
         return data
 
     def masks(self, row: int) -> Iterator[np.ndarray]:
-        path = (self.maps / self.names[row]).with_suffix(".png")
-        red, green, blue = read_picture(path, tuple(self.sizes[row].tolist())).numpy().astype(np.int64)
-        ids = red + 256 * green + 256**2 * blue
+        ids = read_segments(self.maps[row], tuple(self.sizes[row].tolist()))
         segments = self.data.segments[self.data.first[row] : self.data.first[row + 1]]
         lost = segments[~np.isin(segments, ids)]
         if len(lost):
-            raise BadImage(f"{path}: image {self.ids[row]}: no pixel has the id of segment {lost[0]}")
+            raise BadImage(
+                f"{self.maps[row]}: image {self.ids[row]}: no pixel has the id of segment {lost[0]}"
+            )
         return (ids == segment for segment in segments)
+
+
+def read_panoptic(file: Coco) -> list[dict]:
+    """A panoptic file's annotations by rising image id: row, image_id, file_name of the PNG, segments_info.
+
+    Raises ValueError for two annotations of an image, and for segments that are twice in one, have an unknown
+    category or the id 0, which is void.
+    """
+    annotations, categories = file.annotations, {c["id"] for c in file.categories}
+    annotations.ids("image_id")
+    pngs, infos = annotations.column("file_name", str), annotations.column("segments_info", list)
+    found = []
+    for k, row in enumerate(file.rows.tolist()):
+        segments = Items(file.path, infos[k], f"{annotations.where(k)}: segments_info")
+        ids, crowd = segments.ids(), flags(segments, "iscrowd").tolist()
+        if wrong := [
+            i for i, segment in enumerate(ids) if not (type(segment) is int and 0 < segment < 256**3)
+        ]:
+            segments.refuse(
+                wrong[0], "id must be R + 256 G + 256^2 B of its colour, and not 0, which is void"
+            )
+        kinds = segments.column("category_id", int, str)
+        if unknown := [i for i, kind in enumerate(kinds) if kind not in categories]:
+            segments.refuse(unknown[0], f"unknown category id {kinds[unknown[0]]!r}")
+        keys = ("id", "category_id", "iscrowd")
+        info = [dict(zip(keys, values, strict=True)) for values in zip(ids, kinds, crowd, strict=True)]
+        image_id = file.ids[row].item()
+        found.append({"row": row, "image_id": image_id, "file_name": pngs[k], "segments_info": info})
+    return sorted(found, key=lambda a: a["row"])
+
+
+def panoptic_categories(file: Coco) -> list[dict]:
+    things = flags(Items(file.path, file.categories, "categories"), "isthing", default=None)
+    return [
+        {"id": c["id"], "name": c["name"], "isthing": bool(thing)}
+        for c, thing in zip(file.categories, things, strict=True)
+    ]
+
+
+def read_segments(path: str | Path, size: tuple[int, int] = (0, 0)) -> np.ndarray:
+    """A panoptic PNG as segment ids, (h, w) int32: R + 256 G + 256^2 B; 0 is void. Raises as read_picture."""
+    red, green, blue = read_picture(path, size).numpy().astype(np.int32)
+    return red + 256 * green + 256**2 * blue

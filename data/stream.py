@@ -29,16 +29,26 @@ class Stream(Dataset):
 
     task: str
 
-    def choose(self, seed: int, fraction: float, exclude: set[int], skip_bad: bool) -> None:
-        """Fix which images are used: a seeded part of those not excluded. Raises ValueError if none is."""
+    def choose(self, seed: int, fraction: float, exclude: set, skip_bad: bool, counts=None) -> None:
+        """Fix which images are used: a seeded part of those not excluded. Raises ValueError if none is.
+
+        counts: (n,) annotations of each image, if there may be none at all
+        """
         images = np.unique(self.ids)  # of pose, an image has a row for each of its persons
-        left = images[~np.isin(images, list(exclude))]
+        kinds = {type(i) for i in (*exclude, *images[:1].tolist())}
+        if len(kinds) > 1:
+            one, other = next(iter(exclude)), images[0].item()
+            raise ValueError(f"--exclude-images has ids like {one!r}, {self.folder} like {other!r}")
+        left = images[[i not in exclude for i in images.tolist()]] if exclude else images
         if len(left) < len(images):
             self.notes.append(f"{len(images) - len(left)} images excluded, {len(left)} left")
         chosen = np.random.default_rng(seed).permutation(len(left))[: round(fraction * len(left))]  # Table 10
         self.rows = np.flatnonzero(np.isin(self.ids, left[chosen]))
         if not len(self.rows):
             raise ValueError(f"{self.folder}: no image left (fraction {fraction}, {len(exclude)} excluded)")
+        if counts is not None and not np.any(counts[self.rows]):
+            why = "; ".join(self.notes)
+            raise ValueError(f"{self.folder}: nothing to train on in {len(self.rows)} images ({why})")
         self.seed, self.skip_bad, self.epoch = seed, skip_bad, -1
 
     @property
@@ -74,8 +84,8 @@ class Stream(Dataset):
             except BadImage as error:
                 skipped.append(self.names[row])
                 if not self.skip_bad or len(skipped) == len(self.rows):
-                    return error
-        known = {"image_id": int(self.ids[row]), "orig_size": tuple(pixels.shape[1:]), "skipped": skipped}
+                    return BadImage(f"{error}: restore it, or use --skip-bad-images")
+        known = {"image_id": self.ids[row].item(), "orig_size": tuple(pixels.shape[1:]), "skipped": skipped}
         return image, {**known, "size": tuple(image.shape[1:]), **target}
 
     def sample(self, image: Tensor, row: int, patch: int) -> tuple[Tensor, dict]:

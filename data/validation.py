@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as TF
 
-from data.coco import LISTS, SQUARE, annotation_file, check_on_disk, read_json
+from data.coco import LISTS, SQUARE, annotation_file, check_on_disk, read, read_objects
 from data.stream import collate
 from files import BadImage, read_picture
 
@@ -19,6 +19,7 @@ class Images(Dataset):
 
     Images without annotations are evaluated in detection and segmentation (whatever is found there is wrong);
     they have no truth in panoptic segmentation and captioning, and are left out with a note.
+    truth: what is scored against: pycocotools' data set; {image_id: its panoptic annotation}, or its captions
     Raises ValueError, FileNotFoundError as data.coco's readers.
     """
 
@@ -26,28 +27,38 @@ class Images(Dataset):
 
     def __init__(self, folder, task, split, scale=1.0, limit=None):
         path = self.annotations = annotation_file(folder, KINDS.get(task, "instances"), split)
-        captions, panoptic = task == "captioning", task == "panoptic"
-        content = read_json(path, ("images", "annotations") if captions else LISTS)
-        try:
-            images = sorted(content["images"], key=lambda image: image["id"])
-            annotated = {a["image_id"] for a in content["annotations"]}
-            categories = [] if captions else sorted(content["categories"], key=lambda c: c["id"])
-            self.categories = [{"id": c["id"], "name": c["name"]} for c in categories]
-            for category, c in zip(self.categories, categories if panoptic else (), strict=False):
-                category["isthing"] = bool(c["isthing"])
-            if captions or panoptic:
-                used = [image for image in images if image["id"] in annotated]
-            else:
-                used = images
-            self.images = [(i["id"], i["file_name"], (i["height"], i["width"])) for i in used][:limit]
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not COCO's: {type(error).__name__}: {error}") from error
-        self.folder, self.task, self.scale, self.patch = Path(folder) / split, task, scale, 1
-        if not self.images:
-            raise ValueError(f"{path}: none of its {len(images)} images is annotated: nothing to evaluate")
+        file = read(path, LISTS[:2] if task == "captioning" else LISTS)
+        self.categories = [{"id": c["id"], "name": c["name"]} for c in file.categories]
+        used, notes = range(len(file.names)), []
+        match task:
+            case "captioning":
+                from data.captions import references
+
+                self.truth, notes = references(file)
+                used = [row for row in used if file.ids[row].item() in self.truth]
+            case "panoptic":
+                from data.segmentation import panoptic_categories, read_panoptic
+
+                self.categories, found = panoptic_categories(file), read_panoptic(file)
+                self.truth, used = {a["image_id"]: a for a in found}, [a["row"] for a in found]
+            case _:
+                from data.outlines import check, truth
+
+                masks = task == "segmentation"
+                objects = read_objects(file, check if masks else None)
+                more = {"segmentation": objects.outlines} if masks else {}
+                self.truth, notes = truth(file, objects, self.categories, **more), objects.notes
+                if objects.crowd.all():
+                    notes = [*notes, f"{path}: no annotation to score against: all scores are -"]
+        left_out = len(file.names) - len(used)
+        self.notes = [f"{path}: {len(file.names)} images, {left_out} without annotation left out", *notes]
+        if not used:
+            raise ValueError(f"{path}: none of its {left_out} images is annotated: nothing to evaluate")
+        names = check_on_disk(path, Path(folder) / split, [file.names[row] for row in used])
+        images = zip(file.ids[used].tolist(), names, map(tuple, file.sizes[used].tolist()), strict=True)
+        self.images = list(images)[:limit]
         self.image_ids = [image_id for image_id, *_ in self.images]
-        check_on_disk(path, self.folder, [name for _, name, _ in self.images])
-        self.notes = [f"{path}: {len(images)} images, {len(images) - len(used)} without annotation left out"]
+        self.folder, self.task, self.scale, self.patch = Path(folder) / split, task, scale, 1
 
     def __len__(self) -> int:
         return len(self.images)

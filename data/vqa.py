@@ -6,12 +6,12 @@ them unless the humans agree, and then none; `lavis`, with which BLIP-2's and th
 always normalizes the prediction, and of the humans' answers only the punctuation, unless they agree.
 """
 
-import json
 import re
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from files import Items, expecting, read_json
 
 HUMANS = 10
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'  # in this order
@@ -55,58 +55,63 @@ def read(kind: str, questions: str, annotations: str | None) -> list[Question]:
     Raises FileNotFoundError, or ValueError naming what is not as it should be: ids that are there twice,
     questions without annotation and the reverse, annotations without ten answers.
     """
-    try:
-        if kind == "gqa":
+    if kind == "gqa":
+        with expecting(questions, "gqa's official file: an object of questions by their ids"):
+            content = read_json(questions)
+            keys, items = list(content), Items(questions, list(content.values()), "questions")
+            images, texts, answers = (items.column(k, str) for k in ("imageId", "question", "answer"))
             return [
-                Question(id, f"{q['imageId']}.jpg", q["question"], (q["answer"],), _structure(q))
-                for id, q in _json(questions).items()
+                Question(key, f"{image}.jpg", text, (answer,), _structure(q))
+                for key, image, text, answer, q in zip(keys, images, texts, answers, items.items, strict=True)
             ]
-        content = _json(questions)
-        asked = _unique(content["questions"], questions)
-        answered = _unique(_json(annotations)["annotations"], annotations)
-        _same(asked, answered, questions, annotations)
-        items, subset = [], content.get("data_subtype", "val2014")
-        for id, q in asked.items():
-            a, image = answered[id], q["image_id"]
-            if a["image_id"] != image:
-                raise ValueError(f"question {id} is on image {image}, its annotation on {a['image_id']}")
-            if len(a["answers"]) != HUMANS:
-                raise ValueError(f"annotation {id} has {len(a['answers'])} answers, not {HUMANS}")
-            answers = tuple(one["answer"] for one in a["answers"])
-            name = f"COCO_{subset}_{image:012d}.jpg"
-            items.append(Question(id, name, q["question"], answers, a.get("answer_type", "other")))
-        return items
-    except (KeyError, TypeError, AttributeError) as error:
-        what = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{questions}, {annotations}: not {kind}'s official files ({what})") from error
+    asked, answered = (_lists(p, k) for p, k in ((questions, "questions"), (annotations, "annotations")))
+    subset = asked[0].get("data_subtype", "val2014")
+    q, a = asked[1], answered[1]
+    keys, images, texts = _ids(q), q.column("image_id", int), q.column("question", str)
+    place_of = {key: k for k, key in enumerate(_ids(a))}
+    on, given = a.column("image_id", int), a.column("answers", list)
+    kinds = a.column("answer_type", str, default="other")
+    _same(dict.fromkeys(keys), place_of, questions, annotations)
+    found = []
+    for key, image, text in zip(keys, images, texts, strict=True):
+        k = place_of[key]
+        if on[k] != image:
+            raise ValueError(f"question {key} is on image {image}, its annotation on {on[k]}")
+        if len(given[k]) != HUMANS:
+            raise ValueError(f"annotation {key} has {len(given[k])} answers, not {HUMANS}")
+        answers = tuple(Items(annotations, given[k], f"{a.where(k)}: answers").column("answer", str))
+        found.append(Question(key, f"COCO_{subset}_{image:012d}.jpg", text, answers, kinds[k]))
+    return found
+
+
+def _lists(path: str | Path, name: str) -> tuple[dict, Items]:
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is a list, LAVIS's perhaps: expected the official file, with a list {name}")
+    return content, Items(path, content.get(name), name)
 
 
 def _structure(question: dict) -> str:
     return question.get("types", {}).get("structural") or "other"
 
 
-def _json(path: str | Path):
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        return json.loads(Path(path).read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-
-
-def _unique(items: list[dict], path: str | Path) -> dict:
-    by_id = {item["question_id"]: item for item in items}
-    if many := len(items) - len(by_id):
-        id, times = Counter(item["question_id"] for item in items).most_common(1)[0]
-        raise ValueError(f"{path}: question ids must be unique; {many} are not, {id} is there {times} times")
-    return by_id
+def _ids(items: Items) -> list:
+    keys = items.column("question_id", int, str)
+    if len(set(keys)) < len(keys):
+        key, times = Counter(keys).most_common(1)[0]
+        many = len(keys) - len(set(keys))
+        raise ValueError(
+            f"{items.path}: question ids must be unique; {many} are not, {key} is there {times} times"
+        )
+    return keys
 
 
 def _same(items: dict, others: dict, path: str | Path, other: str | Path) -> None:
     for a, b, a_path, b_path in ((items, others, path, other), (others, items, other, path)):
-        if lost := [id for id in a if id not in b]:
-            many = f"{len(lost)} of {len(a)} questions of {a_path}"
-            raise ValueError(f"{many} are not in {b_path}, the first is {lost[0]}")
+        if lost := [key for key in a if key not in b]:
+            raise ValueError(
+                f"{len(lost)} of {len(a)} questions of {a_path} are not in {b_path}, the first is {lost[0]}"
+            )
 
 
 def read_results(path: str | Path, questions: list[Question]) -> dict:
@@ -114,13 +119,13 @@ def read_results(path: str | Path, questions: list[Question]) -> dict:
 
     GQA's own has questionId and prediction. Raises ValueError if it answers other questions.
     """
-    try:
-        rows = [{"question_id": row.get("question_id", row.get("questionId")), **row} for row in _json(path)]
-        answers = {id: row.get("answer", row.get("prediction")) for id, row in _unique(rows, path).items()}
-    except (TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no results file, a list of question_id and answer") from error
-    if bad := [id for id, answer in answers.items() if not isinstance(answer, str)]:
-        raise ValueError(f"{path}: question {bad[0]} has no answer")
+    with expecting(path, "a results file, a list of question_id and answer"):
+        rows = read_json(path)
+        rows = [
+            {"question_id": row.get("questionId"), "answer": row.get("prediction"), **row} for row in rows
+        ]
+    rows = Items(path, rows, "results")
+    answers = dict(zip(_ids(rows), rows.column("answer", str), strict=True))
     _same({q.id: q for q in questions}, answers, "the question set", path)
     return answers
 
@@ -136,11 +141,11 @@ def results(kind: str, answers: dict) -> list[dict]:
 
 def drop_punctuation(text: str) -> str:
     """Each mark becomes nothing if a space is beside it anywhere, or a comma between digits; else a space."""
-    thousands, dropped = re.search(r"\d,\d", text) is not None, text
+    bare = re.search(r"\d,\d", text) is not None
+    found = text
     for mark in PUNCTUATION:
-        nothing = thousands or f"{mark} " in text or f" {mark}" in text
-        dropped = dropped.replace(mark, "" if nothing else " ")
-    return re.sub(r"\.(?!\d)", "", dropped, count=32)  # 32: the evaluators pass re.UNICODE as the count
+        found = found.replace(mark, "" if bare or f"{mark} " in text or f" {mark}" in text else " ")
+    return re.sub(r"\.(?!\d)", "", found, count=32)  # 32: the evaluators pass re.UNICODE as the count
 
 
 def plain_words(text: str) -> str:
@@ -157,16 +162,15 @@ def _one_line(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
-def _accuracy(answer: str, humans: Sequence[str]) -> float:
+def _accuracy(answer: str, humans: list[str]) -> float:
     """Mean over the ten of min(matches among the other nine / 3, 1)."""
     matches = sum(human == answer for human in humans)
     return sum(min((matches - (human == answer)) / 3, 1) for human in humans) / len(humans)
 
 
 def lavis_accuracy(answer: str, humans: tuple[str, ...]) -> float:
-    if len(set(humans)) > 1:
-        humans = [drop_punctuation(human) for human in humans]
-    return _accuracy(normalize(_one_line(answer)), humans)
+    agree = len(set(humans)) == 1
+    return _accuracy(normalize(_one_line(answer)), [h if agree else drop_punctuation(h) for h in humans])
 
 
 def official_accuracy(answer: str, humans: tuple[str, ...]) -> float:

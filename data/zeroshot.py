@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 from data.pictures import locate
+from data.references import read
+from files import expecting, read_json
 
 KNOWN = {  # Table 5's columns, in its order
     "imagenet-a": "ImageNet-A",
@@ -105,13 +107,11 @@ def class_list(name: str, root: Path) -> tuple[dict[str, str], list[str]]:
     file = root / "names.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing, and {name} is none of {', '.join(KNOWN)}")
-    try:
-        content = json.loads(file.read_text())
+    with expecting(file, "a names.json"):
+        content = read_json(file)
         names, templates = content["names"], content["templates"]
         good = names and templates and all(isinstance(v, str) and v for v in names.values())
         good = good and all(t.count("{}") == 1 == t.count("{") for t in templates)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} cannot be read: {type(error).__name__}: {error}") from error
     if not good:
         raise ValueError(f"{file}: expected names, {{folder: class name}}, and templates, each with one {{}}")
     return names, templates
@@ -179,43 +179,17 @@ def open_captions(file: str, folder: str, limit: int | None = None) -> Benchmark
         raise FileNotFoundError(f"--captions {file}: no such file")
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"--images {folder}: no such folder")
-    try:
-        content = json.loads(path.read_text())
-        captions = _captions(content)
-        name = content["dataset"] if "dataset" in content else path.stem
-        silent = [image for image, texts in captions.items() if not any(text.strip() for text in texts)]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{file} is neither Karpathy's JSON, COCO's captions nor a list of image and caption: "
-            f"{type(error).__name__}: {error}"
-        ) from error
+    name, found, notes = read(path)
+    captions = {item["image"]: item["references"] for item in found}
     if not captions:
         raise ValueError(f"{file} holds no images (of Karpathy's splits, only `test` is read)")
-    if silent:
+    if len(captions) < len(found):
+        raise ValueError(f"{file}: {len(found) - len(captions)} images have the file name of another")
+    if silent := [image for image, texts in captions.items() if not any(text.strip() for text in texts)]:
         raise ValueError(f"{file}: {len(silent)} of {len(captions)} images have no caption: {silent[:3]}")
     captions = dict(islice(captions.items(), limit))
     images = locate(folder, captions, file)
     texts = [text for image in captions.values() for text in image]
     target = torch.tensor([i for i, image in enumerate(captions.values()) for _ in image])
-    notes = [f"{name}: {len(images)} images, {len(texts)} captions"]
+    notes = [f"{name}: {len(images)} images, {len(texts)} captions", *notes]
     return Benchmark(name, images, texts, ["{}"], target, notes)
-
-
-def _captions(content: list | dict) -> dict[str, list[str]]:
-    """{image: its captions}, in the file's order."""
-    captions = {}
-    if isinstance(content, list):  # LAVIS, BLIP
-        for item in content:
-            texts = item["caption"]
-            captions.setdefault(item["image"], []).extend([texts] if isinstance(texts, str) else texts)
-    elif "annotations" in content:  # COCO
-        names = {image["id"]: image["file_name"] for image in content["images"]}
-        captions = {name: [] for name in names.values()}
-        for annotation in content["annotations"]:
-            captions[names[annotation["image_id"]]].append(annotation["caption"])
-    else:  # Karpathy
-        for image in content["images"]:
-            if image["split"] == "test":
-                name = "/".join(filter(None, [image.get("filepath"), image["filename"]]))
-                captions[name] = [sentence["raw"] for sentence in image["sentences"]]
-    return captions

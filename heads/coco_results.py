@@ -1,6 +1,7 @@
 """What the heads' `predict` returned, in COCO's results formats."""
 
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 from PIL import Image
@@ -39,9 +40,11 @@ def write_panoptic(prediction: dict, folder: str | Path) -> dict:
     """One answer of predict_panoptic in COCO's format: writes FOLDER/ID.png, returns its annotation."""
     ids = prediction["segments"].cpu().numpy()
     colours = np.stack([ids % 256, ids // 256 % 256, ids // 256**2], -1)  # id = R + 256 G + 256^2 B
-    file_name = f"{prediction['image_id']:012d}.png"
+    image_id = prediction["image_id"]
+    name = f"{image_id:012d}" if isinstance(image_id, int) else quote(image_id, safe="")
+    file_name = f"{name}.png"
     Image.fromarray(colours.astype(np.uint8)).save(Path(folder) / file_name)
-    header = {"image_id": prediction["image_id"], "file_name": file_name}
+    header = {"image_id": image_id, "file_name": file_name}
     return {**header, "segments_info": prediction["segments_info"]}
 
 
@@ -58,16 +61,19 @@ def keypoint_results(predictions: list[dict], categories: list[dict]) -> list[di
             "score": p["score"],
         }
         for persons in by_image.values()
-        for p in oks_nms(persons)
+        for p in oks_nms(persons, categories[0].get("sigmas"))
     ]
 
 
-def oks_nms(persons: list[dict], most: float = MOST_OKS) -> list[dict]:
-    """The persons of an image, best first, less those whose OKS with a better one is above `most`."""
+def oks_nms(persons: list[dict], sigmas: list | None = None, most: float = MOST_OKS) -> list[dict]:
+    """The persons of an image, best first, less those whose OKS with a better one is above `most`.
+
+    sigmas: of the keypoints, where they are not COCO's 17
+    """
     persons = sorted(persons, key=lambda p: -p["score"])
     at = np.stack([np.asarray(p["keypoints"], np.float64)[:, :2] for p in persons])  # (n, K, 2)
     areas = np.array([p["area"] for p in persons])
-    variances = (2 * Params(iouType="keypoints").kpt_oks_sigmas) ** 2  # (K,)
+    variances = (2 * np.array(sigmas or Params(iouType="keypoints").kpt_oks_sigmas)) ** 2  # (K,)
     kept, left = [], np.arange(len(persons))
     while len(left):
         best, left = left[0], left[1:]

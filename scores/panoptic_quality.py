@@ -8,19 +8,9 @@ A true and a found segment of one category match if their IoU is above 1/2, so e
 its category, is not counted as false; crowds are not counted as missed.
 """
 
-from pathlib import Path
-
 import numpy as np
-from PIL import Image
 
 COUNTS = ("iou", "true positives", "false positives", "false negatives")
-
-
-def read_segments(path: str | Path) -> np.ndarray:
-    """A panoptic PNG as segment ids, (h, w) int32: R + 256 G + 256^2 B; 0 is void."""
-    with Image.open(path) as image:
-        rgb = np.asarray(image.convert("RGB"), np.int32)
-    return rgb[..., 0] + 256 * rgb[..., 1] + 256**2 * rgb[..., 2]
 
 
 def image_counts(
