@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 import evaluation
@@ -21,7 +22,7 @@ import files
 import tasks
 from backbone import add_backbone_options, backbone_settings, check_backbone_options, open_backbone
 from data.coco import annotation_file
-from ranks import gather, launch, start, to_device
+from ranks import gather, launch, refuse_unused, start, to_device
 
 
 def main() -> None:
@@ -35,20 +36,28 @@ def main() -> None:
     add("--image-scale", type=float, default=1.0, help="times the release's sizes, as the head was trained")
     add("--persons", metavar="FILE", help="pose: a detector's boxes, COCO results (default: the true boxes)")
     add_backbone_options(p)  # --model, --weights, --no-cls, --imagenet-norm
-    evaluation.add_options(
-        p, out=None, batch=1
-    )  # --lora or --compare, --out, --limit, --batch, --workers, ...
+    again = "score these predictions instead of asking a head: [before] after"
+    add("--results", nargs="+", metavar="FILE", help=again)
+    evaluation.add_options(p, out=None, batch=1)  # --lora or --compare, --out, --limit, --batch, ...
     args = p.parse_args()
     args.out = args.out or f"out/eval_{args.task}"
+    if args.results:
+        names = "head model weights lora compare limit persons no_cls imagenet_norm image_scale"
+        refuse_unused(args, p, names, "with --results: no head is asked")
     variants = evaluation.check_options(args)
-    check_backbone_options(args)
     if not 0 < args.image_scale <= 2:
         raise ValueError(f"--image-scale must be in (0, 2], got {args.image_scale}")
     if args.persons and args.task != "pose":
         raise ValueError(f"--persons is for --task pose, not {args.task}")
     if args.persons and not Path(args.persons).is_file():
         raise FileNotFoundError(f"--persons {args.persons}: no such file")
-    head_file = tasks.find_head([args.head], args.task, backbone_settings(args))
+    if args.results:
+        variants = ["before", "after"][-len(args.results) :]
+        if missing := [f for f in args.results if not Path(f).is_file()] or args.results[2:]:
+            raise FileNotFoundError(f"--results {missing[0]}: no such file, or more than two")
+    else:
+        check_backbone_options(args)
+        head_file = tasks.find_head([args.head], args.task, backbone_settings(args))
     annotation_file(args.coco, tasks.find(args.task).kind, args.split)
 
     # --- setup
@@ -59,12 +68,14 @@ def main() -> None:
 
     items = open_items(args.task, args)
     ranks.say(*items.notes)
+    scorer = scorer_of(args.task)(items, args)
+    if args.results:
+        return report([files.read_json(path) for path in args.results], [], variants, scorer, items, args)
 
     # --- model
     backbone = open_backbone(args, ranks)
     set_M = evaluation.attach(backbone.vit, args)
     head = tasks.load_head(head_file, backbone.dim).to(ranks.device)
-    scorer = scorer_of(args.task)(items, head, args)
     if items.categories:
         tasks.check_classes(head, items.categories, head_file)
     items.patch = backbone.patch
@@ -90,18 +101,29 @@ def main() -> None:
 
     # --- save
     if ranks.rank == 0:
-        out, scores, per_image = Path(args.out), {}, {}
-        for variant in variants:
-            predictions, scores[variant], per_image[variant] = scorer.score(answers[variant])
-            files.write(out / f"predictions_{variant}.json", json.dumps(predictions))
-        intervals = scorer.intervals(**per_image) if args.compare else {}
-        n = len(items.image_ids)
-        rows = [score_row(args.split, m, scores, intervals.get(m), n) for m in scores[variants[0]]]
-        print(evaluation.table(list(rows[0]), [list(r.values()) for r in rows]), *scorer.notes, sep="\n")
-        result = {"task": args.task, "rows": rows, "notes": [*items.notes, *scorer.notes]}
-        evaluation.write_result(
-            args, result, [str(head_file), args.weights, args.lora, str(items.annotations)]
-        )
+        predictions = [scorer.predictions(answers[variant]) for variant in variants]
+        for variant, content in zip(
+            variants, predictions, strict=True
+        ):  # first: a failed scoring loses nothing
+            files.write(Path(args.out) / f"predictions_{variant}.json", json.dumps(content))
+        kept = [answers[variant] for variant in variants]
+        report(predictions, kept, variants, scorer, items, args, [str(head_file), args.weights, args.lora])
+
+
+def report(predictions: list, kept: list, variants: list[str], scorer, items, args, used=()) -> None:
+    """Scores, the table and OUT/result.json. kept: for each variant what the ranks gathered, if they did."""
+    if dist.get_rank() > 0:
+        return
+    scores, per_image = {}, {}
+    for k, variant in enumerate(variants):
+        told = dict(kept=kept[k]) if kept else dict(folder=Path(args.results[k]).with_suffix(""))
+        scores[variant], per_image[variant] = scorer.score(predictions[k], **told)
+    intervals = scorer.intervals(**per_image) if len(variants) == 2 else {}
+    n = len(items.image_ids)
+    rows = [score_row(args.split, m, scores, intervals.get(m), n) for m in scores[variants[0]]]
+    print(evaluation.table(list(rows[0]), [list(r.values()) for r in rows]), *scorer.notes, sep="\n")
+    result = {"task": args.task, "rows": rows, "notes": [*items.notes, *scorer.notes]}
+    evaluation.write_result(args, result, [*used, *(args.results or ()), str(items.annotations)])
 
 
 def score_row(split: str, metric: str, scores: dict, interval: tuple | None, n: int) -> dict:
@@ -116,7 +138,8 @@ def score_row(split: str, metric: str, scores: dict, interval: tuple | None, n: 
 # --- scoring
 #
 # keep(answer of head.predict, variant) -> what the ranks gather
-# score([kept]) -> COCO results, {metric: percent}, what each image contributes
+# predictions([kept]) -> the same in COCO's format
+# score(predictions, kept or the folder of PNGs) -> {metric: percent}, what each image contributes
 # intervals(before, after), of the latter -> {metric: (low, high) of the difference in percent points}
 
 
@@ -139,23 +162,24 @@ class AveragePrecision:
 
     notes = ("AP by pycocotools",)
 
-    def __init__(self, kind: str, items, head, args):
+    def __init__(self, kind: str, items, args):
         from heads import coco_results
 
-        self.kind, self.items = kind, items
+        self.kind, self.items, self.categories = kind, items, items.categories
         by_kind = {"bbox": "box_results", "segm": "mask_results", "keypoints": "keypoint_results"}
         self.to_results = getattr(coco_results, by_kind[kind])
-        self.categories = head.config["categories"]
 
     def keep(self, answer: dict, variant: str) -> list[dict]:
         return self.to_results([answer], self.categories)
 
-    def score(self, kept: list) -> tuple[list[dict], dict, None]:
+    def predictions(self, kept: list) -> list[dict]:
+        return [result for results in kept for result in results]
+
+    def score(self, predictions: list[dict], kept=None, folder=None) -> tuple[dict, None]:
         from scores.average_precision import average_precision
 
-        results = [r for results in kept for r in results]
         ids, sigmas = self.items.image_ids, self.categories[0].get("sigmas") if self.categories else None
-        return results, average_precision(self.items.truth, results, self.kind, ids, sigmas), None
+        return average_precision(self.items.truth, predictions, self.kind, ids, sigmas), None
 
     def intervals(self, before: None, after: None) -> dict:
         return {}  # AP is no sum or mean over images
@@ -167,8 +191,8 @@ class KeypointAveragePrecision(AveragePrecision):
     def keep(self, answer: dict, variant: str) -> dict:
         return answer
 
-    def score(self, kept: list) -> tuple[list[dict], dict, None]:
-        return super().score([self.to_results(kept, self.categories)])
+    def predictions(self, kept: list) -> list[dict]:
+        return self.to_results(kept, self.categories)
 
 
 class PanopticQuality:
@@ -176,40 +200,47 @@ class PanopticQuality:
 
     notes = ("PQ: our own count by COCO's rules; intervals: 95%, paired bootstrap over images",)
 
-    def __init__(self, items, head, args):
-        self.truth, self.image_ids = items.truth, items.image_ids
-        self.pngs, self.out = items.annotations.with_suffix(""), Path(args.out)
-        self.categories, self.seed = head.config["categories"], args.seed
+    def __init__(self, items, args):
+        self.truth, self.image_ids, self.categories = items.truth, items.image_ids, items.categories
+        self.pngs, self.out, self.seed = items.annotations.with_suffix(""), Path(args.out), args.seed
 
     def keep(self, answer: dict, variant: str) -> tuple[dict, np.ndarray]:
-        from data.segmentation import read_segments
         from heads.coco_results import write_panoptic
-        from scores.panoptic_quality import image_counts
 
-        if answer["image_id"] not in self.truth:
-            what = "1 images are predicted for, but are not in the annotations"
-            raise ValueError(f"{what}: {answer['image_id']}")
-        truth = self.truth[answer["image_id"]]
-        png = self.pngs / truth["file_name"]
-        segments, predicted = read_segments(png), answer["segments"].cpu().numpy()
-        infos = truth["segments_info"], answer["segments_info"]
-        try:
-            counts = image_counts(segments, infos[0], predicted, infos[1], self.categories)
-        except ValueError as error:
-            raise ValueError(f"{png}: {error}") from error
+        counts = self.count(answer, answer["segments"].cpu().numpy())
         folder = self.out / f"predictions_{variant}"
         folder.mkdir(parents=True, exist_ok=True)
         return write_panoptic(answer, folder), counts
 
-    def score(self, kept: list) -> tuple[dict, dict, np.ndarray]:
+    def count(self, predicted: dict, segments: np.ndarray) -> np.ndarray:
+        from data.segmentation import read_segments
+        from scores.panoptic_quality import image_counts
+
+        if predicted["image_id"] not in self.truth:
+            what = "1 images are predicted for, but are not in the annotations"
+            raise ValueError(f"{what}: {predicted['image_id']}")
+        truth = self.truth[predicted["image_id"]]
+        png, infos = self.pngs / truth["file_name"], (truth["segments_info"], predicted["segments_info"])
+        try:
+            return image_counts(read_segments(png), infos[0], segments, infos[1], self.categories)
+        except ValueError as error:
+            raise ValueError(f"{png}: {error}") from error
+
+    def predictions(self, kept: list) -> dict:
+        return {"annotations": [annotation for annotation, _ in kept], "categories": self.categories}
+
+    def score(self, predictions: dict, kept=None, folder: Path | None = None) -> tuple[dict, np.ndarray]:
+        from data.segmentation import read_segments
         from scores.panoptic_quality import panoptic_quality
 
-        annotations, counts = zip(*kept, strict=True)
+        annotations = predictions["annotations"]
         if missing := set(self.image_ids) - {a["image_id"] for a in annotations}:
             raise ValueError(f"{len(missing)} images have no prediction: {min(missing)}")
+        if kept is None:
+            kept = [(a, self.count(a, read_segments(folder / a["file_name"]))) for a in annotations]
+        counts = [counts for _, counts in kept]  # n of (C, 4)
         scores = panoptic_quality(sum(counts), self.categories)
-        predictions = {"annotations": list(annotations), "categories": self.categories}
-        return predictions, {k: 100 * float(v) for k, v in scores.items()}, np.stack(counts)
+        return {k: 100 * float(v) for k, v in scores.items()}, np.stack(counts)
 
     def intervals(self, before: np.ndarray, after: np.ndarray) -> dict:
         from scores.panoptic_quality import paired_intervals
@@ -221,20 +252,23 @@ class PanopticQuality:
 class CaptionScores:
     """CIDEr and BLEU-4 of the captions that the head decodes."""
 
-    def __init__(self, items, head, args):
+    def __init__(self, items, args):
         self.references = {i: items.truth[i] for i in items.image_ids}
         self.notes, self.seed = [], args.seed
 
     def keep(self, answer: dict, variant: str) -> dict:
         return {"image_id": answer["image_id"], "caption": answer["caption"]}
 
-    def score(self, kept: list) -> tuple[list[dict], dict, list[float]]:
+    def predictions(self, kept: list) -> list[dict]:
+        return kept
+
+    def score(self, predictions: list[dict], kept=None, folder=None) -> tuple[dict, list[float]]:
         from scores.captions import caption_scores
 
-        scores = caption_scores(self.references, {k["image_id"]: k["caption"] for k in kept})
+        scores = caption_scores(self.references, {p["image_id"]: p["caption"] for p in predictions})
         self.notes, per_image = scores.pop("notes"), scores.pop("per_image")
         names = {"cider": "CIDEr", "bleu4": "BLEU-4"}  # not without Java
-        return kept, {names.get(k, k): 100 * v for k, v in scores.items()}, list(per_image.values())
+        return {names.get(k, k): 100 * v for k, v in scores.items()}, list(per_image.values())
 
     def intervals(self, before: list[float], after: list[float]) -> dict:
         ends = evaluation.paired(before, after, self.seed)

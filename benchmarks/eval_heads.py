@@ -29,6 +29,7 @@ sys.path.insert(
 import backbone as vit
 import eval_heads
 import tasks
+from data.segmentation import read_segments
 from data.validation import open_items
 from demo import world
 from scores import panoptic_quality
@@ -61,7 +62,7 @@ def quality_seconds(folder: Path, count: int, distinct: int = 50) -> float:
     start, total = time.perf_counter(), 0
     for k in range(count):
         truth, info, found = pairs[k % distinct]
-        maps = (panoptic_quality.read_segments(path) for path in (truth, found))
+        maps = (read_segments(path) for path in (truth, found))
         total += panoptic_quality.image_counts(next(maps), info, next(maps), info, categories)
     panoptic_quality.panoptic_quality(total, categories)
     return time.perf_counter() - start
@@ -75,7 +76,7 @@ def loops(task: str, backbone, folder: Path, args) -> dict[str, list[float]]:
     items.patch = backbone.patch
     torch.manual_seed(0)
     head = tasks.find(task).Head(backbone.dim, items.categories).eval()
-    scorer = eval_heads.scorer_of(task)(items, head, options)
+    scorer = eval_heads.scorer_of(task)(items, options)
     collate = partial(items.collate, patch=backbone.patch, mean=backbone.mean, std=backbone.std)
     batches = [collate([items[i % len(items)]]) for i in range(args.rounds + 1)]
     seconds = {"bare": [], "evaluation": []}

@@ -18,10 +18,8 @@ import lora
 import tasks
 from data import persons, stream, validation
 from data.captions import Captions
-from data.coco import read_instances
-from data.segmentation import Segmentation
+from data.segmentation import Segmentation, read_segments
 from scores import captions
-from scores.panoptic_quality import read_segments
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -39,16 +37,20 @@ def read(*parts: str):
 def truth(task: str, folder: Path, split: str = "val2017", categories=None) -> tuple:
     """A scorer for a task and the answers that a perfect head would give."""
     items = persons.PersonBoxes(folder, split) if task == "pose" else validation.Images(folder, task, split)
-    head = Namespace(config={"categories": items.categories})
-    args = Namespace(out=".", seed=0)
-    return items, eval_heads.scorer_of(task)(items, head, args)
+    return items, eval_heads.scorer_of(task)(items, Namespace(out=".", seed=0))
+
+
+def scored(scorer, kept: list) -> tuple:
+    """Predictions in COCO's format, their scores, what each image contributes."""
+    predictions = scorer.predictions(kept)
+    return predictions, *scorer.score(predictions, kept)
 
 
 @pytest.mark.parametrize("task", ["detection", "segmentation"])
 def test_truth_against_itself_scores_100(real_coco, task):
     items, scorer = truth(task, real_coco)
-    data = read_instances(real_coco, "val2017", masks=True)
     outlines, kept = Segmentation(real_coco, "val2017"), []
+    data = outlines.data
     for row, image_id in enumerate(data.ids):
         mine = slice(data.first[row], data.first[row + 1])
         labels = torch.from_numpy(data.labels[mine])
@@ -59,17 +61,17 @@ def test_truth_against_itself_scores_100(real_coco, task):
             masks = [torch.from_numpy(m).bool() for m in outlines.masks(row)]
             answer["masks"] = torch.stack(masks) if masks else torch.zeros(0, 4, 4, dtype=torch.bool)
         kept.append(scorer.keep(answer, "before"))
-    results, scores, _ = scorer.score(kept)
+    results, scores, _ = scored(scorer, kept)
     name = "box" if task == "detection" else "mask"
     assert scores[f"{name} AP"] == pytest.approx(100, abs=1e-9) and len(results) == len(data.labels)
     json.dumps(results)
     worse = [r for r in results if r["image_id"] != results[0]["image_id"]]
-    assert scorer.score([worse])[1][f"{name} AP"] < 99.9
+    assert scorer.score(worse)[0][f"{name} AP"] < 99.9
 
 
 def test_nothing_found_scores_0(scenes):
     items, scorer = truth("detection", scenes)
-    results, scores, _ = scorer.score([[] for _ in items.image_ids])
+    results, scores, _ = scored(scorer, [[] for _ in items.image_ids])
     assert results == [] and scores["box AP"] == 0 and {v for v in scores.values() if v is not None} == {0}
 
 
@@ -91,11 +93,13 @@ def test_panoptic_truth_against_itself_scores_100(real_coco, tmp_path):
             ids = np.where(np.isin(ids, [s["id"] for s in infos]), ids, 0)
             answer = {"image_id": image_id, "segments": torch.from_numpy(ids), "segments_info": infos}
             kept[variant].append(scorer.keep(answer, variant))
-    predictions, scores, after = scorer.score(kept["after"])
+    predictions, scores, after = scored(scorer, kept["after"])
     assert set(scores.values()) == {100.0} and len(scores) == 9
     written = predictions["annotations"][0]
     assert (tmp_path / "predictions_after" / written["file_name"]).is_file() and json.dumps(predictions)
-    _, worse, before = scorer.score(kept["before"])
+    _, worse, before = scored(scorer, kept["before"])
+    again, counts = scorer.score(predictions, folder=tmp_path / "predictions_after")
+    assert again == scores and np.array_equal(counts, after)  # from the files alone
     low, high = scorer.intervals(before, after)["PQ"]
     assert worse["PQ"] < 100 and 0 < low <= 100 - worse["PQ"] + 1e-9 and low < high
     assert scorer.intervals(after, after)["PQ"] == (0, 0)
@@ -137,11 +141,11 @@ def test_captions_are_scored_by_image(scenes, monkeypatch):
         for variant, start in (("before", 0), ("after", 1))
     }
     kept["before"][0]["caption"] = "nothing of the kind"
-    scored = {variant: scorer.score(answers) for variant, answers in kept.items()}
-    before, after = (scores["cider_simple_tok"] for _, scores, _ in scored.values())
-    low, high = scorer.intervals(scored["before"][2], scored["after"][2])["cider_simple_tok"]
+    of_variants = {variant: scored(scorer, answers) for variant, answers in kept.items()}
+    before, after = (scores["cider_simple_tok"] for _, scores, _ in of_variants.values())
+    low, high = scorer.intervals(of_variants["before"][2], of_variants["after"][2])["cider_simple_tok"]
     assert before < after and low <= after - before <= high
-    assert scored["after"][0][0].keys() == {"image_id", "caption"}
+    assert of_variants["after"][0][0].keys() == {"image_id", "caption"}
 
 
 # --- items
@@ -362,17 +366,17 @@ def test_missing_and_unknown_predictions_are_named(real_coco, tmp_path, task):
     answer["segments"] = torch.zeros(4, 4, dtype=torch.int32)
     known = items.image_ids if task == "captioning" else ()
     with pytest.raises(ValueError, match="1 images are predicted for, but .*: 12345678"):
-        scorer.score([scorer.keep({**answer, "image_id": i}, "before") for i in (*known, 12345678)])
+        scored(scorer, [scorer.keep({**answer, "image_id": i}, "before") for i in (*known, 12345678)])
     if task == "captioning":
         kept = [scorer.keep({**answer, "image_id": i}, "before") for i in items.image_ids[1:]]
     elif task == "panoptic":
         kept = [({"image_id": i}, np.zeros((len(scorer.categories), 4))) for i in items.image_ids[1:]]
     else:
-        scores = scorer.score([])[1]
+        scores = scored(scorer, [])[1]
         assert {v for v in scores.values() if v is not None} == {0}
         return
     with pytest.raises(ValueError, match=f"1 images have no prediction: {first}"):
-        scorer.score(kept)
+        scored(scorer, kept)
 
 
 def test_images_are_normalized_as_told(scenes, made, tmp_path, run, monkeypatch):
@@ -401,3 +405,23 @@ def test_a_bad_image_is_named(scenes, made, tmp_path, run):
     picture.write_bytes(picture.read_bytes()[:700])
     code, _, err = run("eval_heads", *options("detection", tmp_path / "coco", made, tmp_path / "out"))
     assert code == 2 and "000000000002.jpg cannot be decoded" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("task", ["detection", "panoptic", "pose"])
+def test_a_failed_scoring_loses_nothing_and_can_be_repeated(scenes, made, tmp_path, run, task, monkeypatch):
+    """Predictions are written before they are scored; --results scores them, with the same result."""
+    command = options(task, scenes, made, tmp_path / "out", "--compare", made / "lora.safetensors")
+    with monkeypatch.context() as patch:
+        patch.setattr(eval_heads, "report", lambda *_: (_ for _ in ()).throw(MemoryError("scoring")))
+        with pytest.raises(MemoryError):
+            run("eval_heads", *command)
+    names = [tmp_path / "out" / f"predictions_{variant}.json" for variant in ("before", "after")]
+    assert all(name.is_file() for name in names) and not (tmp_path / "out" / "result.json").exists()
+    again = ["--task", task, "--coco", scenes, "--out", tmp_path / "again", "--results", *names]
+    assert run("eval_heads", *again)[0] == 0
+    assert run("eval_heads", *command)[0] == 0
+    rows = [json.loads((tmp_path / out / "result.json").read_text())["rows"] for out in ("again", "out")]
+    assert rows[0] == rows[1] and rows[0][0]["before"] is not None
+    for more, said in ((["--head", made], "--head has no effect"), (["--limit", 2], "--limit has no effect")):
+        code, _, err = run("eval_heads", *again, *more)
+        assert code == 2 and said in err
