@@ -9,6 +9,7 @@ import gc
 import hashlib
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -150,41 +151,41 @@ def launch(main: Callable[[], None]) -> None:
     GPUs, but torchrun sees a rank end and sends the others SIGTERM, which ends them wherever they wait: no
     watchdog is needed. destroy_process_group after an error would wait for collectives that never end.
     """
-    code, line = 1, None
+    code, line = 0, None
     try:
         main()  # its DDP wrappers go when it returns: gloo can abort at exit if they outlive the group
         if dist.is_initialized():
             dist.barrier()
-        code = 0
-    except (ValueError, OSError, FloatingPointError) as error:
-        where = traceback.extract_tb(error.__traceback__)[-1].filename
-        if not Path(where).is_relative_to(Path(__file__).parent) or ".venv" in where:
-            leave(traceback.format_exc())
-            raise
-        code, line = 2, str(error)
-    except RuntimeError as error:
-        if "DataLoader worker" in str(error):  # torch raises it wherever the script happens to be
-            why = "for lack of memory, or as a file brought a library down: --workers 0 shows where"
-            line = f"a loader process died, {why}: {error}"
-        elif "Connection closed by peer" in str(error) or "Connection reset by peer" in str(error):
-            line = "another rank has ended: see what it said"
-        else:
-            leave(traceback.format_exc())
-            raise
-        code = 2
     except KeyboardInterrupt:
         code, line = 130, "interrupted; if the script has --resume, that goes on from what is saved"
-    except Exception:
-        leave(traceback.format_exc())
-        raise
-    if line:
-        line = f"{Path(sys.argv[0]).name}: {line}"
-        leave(line, code)
-        print(line, file=sys.stderr, flush=True)
-    gc.collect()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    except Exception as error:
+        code, line = 2, users_error(error)
+        if line is None:
+            leave(traceback.format_exc())
+            raise
+    finally:
+        if line:
+            line = f"{Path(sys.argv[0]).name}: {line}"
+            leave(line, code)
+            print(line, file=sys.stderr, flush=True)
+        gc.collect()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     sys.exit(code)
+
+
+def users_error(error: Exception) -> str | None:
+    """The line to say if it is no fault of the code: raised by our own code, or a process that has ended."""
+    if isinstance(error, ValueError | OSError | FloatingPointError):
+        where = traceback.extract_tb(error.__traceback__)[-1].filename
+        ours = Path(where).is_relative_to(Path(__file__).parent) and ".venv" not in where
+        return str(error) if ours else None
+    if "DataLoader worker" in str(error):  # torch raises it wherever the script happens to be
+        why = "for lack of memory, or as a file brought a library down: --workers 0 shows where"
+        return f"a loader process died, {why}: {error}"
+    if isinstance(error, RuntimeError) and re.search("Connection (closed|reset) by peer", str(error)):
+        return "another rank has ended: see what it said"
+    return None
 
 
 def leave(words: str, code: int = 1) -> None:
