@@ -44,9 +44,8 @@ class Clip:
         *steps, to_tensor, normalize = self.steps
         assert isinstance(to_tensor, ToTensor) and isinstance(normalize, Normalize), transform
         self.transform, self.ranks = Compose([*steps, PILToTensor()]), ranks
-        self.mean, self.std = (
-            torch.tensor(v, device=ranks.device)[:, None, None] for v in (normalize.mean, normalize.std)
-        )
+        self.mean = torch.tensor(normalize.mean, device=ranks.device)[:, None, None]
+        self.std = torch.tensor(normalize.std, device=ranks.device)[:, None, None]
         self.model = model.to(ranks.device, ranks.dtype).requires_grad_(False).eval()
         self.tower = getattr(model.visual, "trunk", model.visual)
         self.dim: int = open_clip.get_model_config(name)["embed_dim"]
@@ -71,8 +70,7 @@ class Clip:
         W = torch.zeros(len(texts), self.dim, device=self.ranks.device)
         mine = range(self.ranks.rank, len(texts), self.ranks.world)
         if mine:
-            at_once = max(1, batch // len(templates))
-            share = [texts[i] for i in mine]
+            at_once, share = max(1, batch // len(templates)), [texts[i] for i in mine]
             with self.ranks.autocast():
                 columns = open_clip.build_zero_shot_classifier(
                     self.model, self.tokenize, share, templates, at_once, self.ranks.device
@@ -81,9 +79,8 @@ class Clip:
         dist.all_reduce(W)
         broken = (~W.isfinite().all(1)).nonzero().flatten().tolist()
         if broken:
-            raise FloatingPointError(
-                f"{len(broken)} texts have features that are not finite: {texts[broken[0]]}"
-            )
+            what = f"{len(broken)} texts have features that are not finite"
+            raise FloatingPointError(f"{what}: {texts[broken[0]]}")
         return W
 
 
@@ -109,9 +106,9 @@ def check_clip(args: argparse.Namespace) -> dict:
     tags = open_clip.list_pretrained_tags_by_model(args.clip)
     args.clip_weights = args.clip_weights or next(iter(tags), None)
     if args.clip_weights not in ("random", *tags) and not Path(args.clip_weights or "").is_file():
+        theirs = f"one of open_clip's for {args.clip} ({', '.join(tags) or 'it has none'})"
         raise FileNotFoundError(
-            f"--clip-weights {args.clip_weights}: neither a file nor `random` nor one of open_clip's for "
-            f"{args.clip} ({', '.join(tags) or 'it has none'})"
+            f"--clip-weights {args.clip_weights}: neither a file nor `random` nor {theirs}"
         )
     if args.lora:
         tower = config["vision_cfg"].get("timm_model_name")
@@ -132,18 +129,18 @@ def cached_texts(
     clip: Clip, texts: list[str], templates: list[str], config: dict, args: argparse.Namespace
 ) -> Tensor:
     """(T, D) features of texts, from --text-cache where the same model met the same list before."""
-    W, found, path = torch.zeros(len(texts), clip.dim), [False], None
+    W, cached, path = torch.zeros(len(texts), clip.dim), [False], None
     if clip.ranks.rank == 0:
         weights = args.clip_weights
         weights = files.sha256(weights) if Path(weights).is_file() else [weights, args.seed]
         made_of = [config, weights, str(clip.ranks.dtype), texts, templates]
-        key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:24]
-        path = Path(args.text_cache) / f"{key}.safetensors"
+        name = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:24]
+        path = Path(args.text_cache) / f"{name}.safetensors"
         if path.is_file():
-            W, found = files.read_tensors(path)["texts"], [True]
+            W, cached = files.read_tensors(path)["texts"], [True]
     W = W.to(clip.ranks.device)
-    dist.broadcast_object_list(found, device=clip.ranks.device)  # rank 0's answer is all ranks'
-    if found[0]:
+    dist.broadcast_object_list(cached, device=clip.ranks.device)  # rank 0's answer is all ranks'
+    if cached[0]:
         dist.broadcast(W, src=0)
         return W
     W = clip.text_features(texts, templates, args.batch)

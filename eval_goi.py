@@ -91,10 +91,8 @@ def main() -> None:
     # --- save
     # Alg. 3, line 6: accumulate results: Metric(E_o(y), R_o) on E_o
     hits = {variant: ranked == val.labels[:, None] for variant, ranked in R_o.items()}  # (n, 5) each
-    rows = [
-        evaluation.result_row("val", f"top-{k}", {v: h[:, :k].any(1) for v, h in hits.items()})
-        for k in (1, 5)
-    ]
+    scores = {k: {variant: hit[:, :k].any(1) for variant, hit in hits.items()} for k in (1, 5)}
+    rows = [evaluation.result_row("val", f"top-{k}", score) for k, score in scores.items()]
     if ranks.rank == 0:
         columns = ["Model", "Params", "Iters", "Top-1 Acc", "Top-5 Acc"]
         lines = [[*evaluation.model_columns(args, v, backbone.vit), *(r[v] for r in rows)] for v in variants]

@@ -61,9 +61,7 @@ def main() -> None:
     command(args, commands.choices[args.task], evaluation.check_options(args))
 
 
-def answers(
-    E, clip, T_o: Callable[[Tensor], Tensor], empty: Tensor, set_M, variants: list[str], args, ranks: Ranks
-) -> tuple[dict[str, Tensor], Tensor, dict[int, str]]:
+def answers(E, clip, T_o: Callable[[Tensor], Tensor], empty: Tensor, set_M, variants, args, ranks: Ranks):
     """Alg. 3, lines 1 to 4, in one pass over the images for all variants, on all ranks.
 
     T_o: what is kept of features (b, D); empty: (n, ...), zeros of what it gives for the n images
@@ -159,10 +157,8 @@ def retrieval(args: argparse.Namespace, options: argparse.ArgumentParser, varian
 
     # --- loop
     n, W = len(E.images), cached_texts(clip, E.texts, E.templates, config, args)  # (T, D)
-    # T_o keeps the features: captions can be ranked when all images are in
-    R_o, broken, bad = answers(
-        E, clip, torch.nn.Identity(), torch.zeros(n, clip.dim), set_M, variants, args, ranks
-    )
+    T_o = torch.nn.Identity()  # keeps the features: captions can be ranked when all images are in
+    R_o, broken, bad = answers(E, clip, T_o, torch.zeros(n, clip.dim), set_M, variants, args, ranks)
     check_gallery(E, broken, bad, least=n)
     if ranks.rank > 0:
         return
@@ -214,7 +210,9 @@ def retrieval_with_blip2(args, options: argparse.ArgumentParser, variants: list[
     batches = evaluation.loader(Pictures(E.images, blip.transform), args, ranks, collate)
     for index, x, unread in tqdm(batches, E.name, disable=ranks.rank > 0):  # Alg. 3, line 2
         bad |= unread
-        for variant in variants if x is not None else ():
+        if x is None:
+            continue
+        for variant in variants:
             set_M(variant)
             f = blip.vision(x)  # Alg. 3, line 3: f* = M(x; dW*)
             R_o[variant][index.to(ranks.device)] = blip.image_features(f)  # Alg. 3, line 4
@@ -225,17 +223,11 @@ def retrieval_with_blip2(args, options: argparse.ArgumentParser, variants: list[
         dist.all_reduce(R_o[variant])
         similarity = blip2.contrast(R_o[variant], W)  # (T, I)
         of_caption, of_image = blip2.candidates(similarity, args.rerank)
-        matched = torch.zeros_like(similarity)
-        if features[variant]:
-            own = slice(ranks.rank, None, ranks.world)
-            pairs = (of_caption | of_image)[:, own].T.nonzero().flip(1)  # (pairs, 2), image by image
-            logits = blip.match_pairs(torch.cat(features[variant]), tokens, pairs, args.batch)
-            matched[:, own][pairs[:, 0], pairs[:, 1]] = logits
-        dist.all_reduce(matched)
+        matched = matches(blip, features[variant], tokens, of_caption | of_image, args.batch, ranks)
         scores[variant] = {f"ITC {metric}": score for metric, score in recall(similarity, y).items()}
         for way, chosen in (("TR", of_image), ("IR", of_caption)):
             again = recall(blip2.rerank(similarity, chosen, matched), y)
-            scores[variant] |= {f"ITM {metric}": s for metric, s in again.items() if metric.startswith(way)}
+            scores[variant] |= {f"ITM {metric}": again[metric] for metric in again if metric.startswith(way)}
     if ranks.rank > 0:
         return
     counts = {metric: len(tokens) if " IR" in metric else n for metric in scores[variants[0]]}
@@ -247,6 +239,18 @@ def retrieval_with_blip2(args, options: argparse.ArgumentParser, variants: list[
     protocol = {"blip2": blip.version, "ITM re-ranks": args.rerank, "ties": "against the model"}
     result = {"task": args.task, "rows": rows, "protocol": protocol | {"notes": notes, "sets": E.notes}}
     evaluation.write_result(args, result, [args.captions, args.lora, *blip.files])
+
+
+def matches(blip, features: list[Tensor], tokens: list, chosen: Tensor, batch: int, ranks: Ranks) -> Tensor:
+    """(T, I) ITM logits where chosen, 0 elsewhere; features: of this rank's images, every world-th"""
+    logits = torch.zeros(chosen.shape, device=chosen.device)
+    if features:
+        mine = slice(ranks.rank, None, ranks.world)
+        pairs = chosen[:, mine].T.nonzero().flip(1)  # (pairs, 2), image by image
+        of_pairs = blip.match_pairs(torch.cat(features), tokens, pairs, batch)
+        logits[:, mine][pairs[:, 0], pairs[:, 1]] = of_pairs
+    dist.all_reduce(logits)
+    return logits
 
 
 # --- save

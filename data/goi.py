@@ -57,20 +57,20 @@ class Records(Dataset):
             others = sum(name not in COCO_NAMES for name in outputs)
             names = sorted(options | set(outputs)) if 2 * others > len(outputs) else COCO_NAMES
         self.names, label_of = names, {name: label for label, name in enumerate(names)}
-        kept = [k for k, name in enumerate(outputs) if name in label_of]
+        usable = [k for k, name in enumerate(outputs) if name in label_of]
         if strangers := [lines[k][2] for k, name in enumerate(outputs) if name not in label_of]:
             bad[f"class outside the {len(names)}"] = strangers
-        told = [f"{len(n)} {why} (line {', '.join(map(str, n[:3]))}{', ...' * (len(n) > 3)})"
-                for why, n in sorted(bad.items())]  # fmt: skip
-        self.notes = [f"{path}: {len(kept)} records of {len(names)} classes"
-                      + (f"; left out: {'; '.join(told)}" if told else "")]  # fmt: skip
-        if told and strict:
-            raise ValueError(f"--strict: {self.notes[0]}")
-        if not kept:
-            raise ValueError(f"{self.notes[0]}: nothing to use")
-        kept = kept[:limit]
-        self.lines = np.array([lines[k] for k in kept], np.int64)  # (n, 3): offset, length, line number
-        self.labels = np.array([label_of[outputs[k]] for k in kept])
+        note = f"{path}: {len(usable)} records of {len(names)} classes"
+        if bad:
+            note += f"; left out: {'; '.join(_unused(why, bad[why]) for why in sorted(bad))}"
+        self.notes = [note]
+        if bad and strict:
+            raise ValueError(f"--strict: {note}")
+        if not usable:
+            raise ValueError(f"{note}: nothing to use")
+        usable = usable[:limit]
+        self.lines = np.array([lines[k] for k in usable], np.int64)  # (n, 3): offset, length, line number
+        self.labels = np.array([label_of[outputs[k]] for k in usable])
         digest.update(self.lines.tobytes())
         self.fingerprint = digest.hexdigest()
 
@@ -90,6 +90,11 @@ class Records(Dataset):
 
     def where(self, i: int) -> dict:
         return {"line": int(self.lines[i, 2])}
+
+
+def _unused(why: str, numbers: list[int]) -> str:
+    more = ", ..." if len(numbers) > 3 else ""
+    return f"{len(numbers)} {why} (line {', '.join(map(str, numbers[:3]))}{more})"
 
 
 def parse(line: bytes) -> dict:

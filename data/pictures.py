@@ -40,12 +40,11 @@ def collate(items: list[tuple[int, Tensor | str]]) -> tuple[Tensor, Tensor | Non
 
 def locate(folder: str | Path, images: Iterable[str], file: str | Path) -> list[str]:
     """The files of images that `file` names. Raises ValueError naming those that are not in the folder."""
-    found = {image: _locate(Path(folder), image) for image in images}
-    if lost := [image for image, path in found.items() if path is None]:
-        raise ValueError(
-            f"{file}: {len(lost)} of {len(found)} images are not in {folder}: {', '.join(lost[:3])}"
-        )
-    return list(found.values())
+    paths = {image: _locate(Path(folder), image) for image in images}
+    if lost := [image for image, path in paths.items() if path is None]:
+        many = f"{len(lost)} of {len(paths)} images"
+        raise ValueError(f"{file}: {many} are not in {folder}: {', '.join(lost[:3])}")
+    return list(paths.values())
 
 
 def _locate(root: Path, image: str) -> str | None:

@@ -139,11 +139,13 @@ def find(folders: list[str]) -> dict[str, LmdbWords | ListedWords]:
         here = {}
         for place, below, files in os.walk(folder, followlinks=True):
             below.sort()
-            kind = LmdbWords if "data.mdb" in files else ListedWords if "gt.txt" in files else None
-            if kind:
+            if "data.mdb" in files or "gt.txt" in files:
+                kind = LmdbWords if "data.mdb" in files else ListedWords
                 name = Path(place).relative_to(folder).as_posix()
-                found = here[folder.resolve().name if name == "." else name] = kind(Path(place))
-                if not len(found):
+                if name == ".":
+                    name = folder.resolve().name
+                here[name] = kind(Path(place))
+                if not len(here[name]):
                     raise ValueError(f"{place}: a set without words")
         if not here:
             raise FileNotFoundError(f"{folder}: no data.mdb (LMDB) and no gt.txt in it or below")
@@ -211,9 +213,9 @@ class WordStream(Dataset):
                     if why is None:
                         rows.append(i)
                 before += len(words)
-            dropped = [f"{n} {why}" for why, n in sorted((w, n) for w, n in counts.items() if w)]
-            self.notes.append(f"{part}: {counts[None]} of {before} words for training; dropped: "
-                              f"{', '.join(dropped) or 'none'}")  # fmt: skip
+            dropped = [f"{counts[why]} {why}" for why in sorted(why for why in counts if why)]
+            usable = f"{part}: {counts[None]} of {before} words for training"
+            self.notes.append(f"{usable}; dropped: {', '.join(dropped) or 'none'}")
             if not rows:
                 raise ValueError(f"{self.notes[-1]}: nothing to train on")
             self.parts.append((list(sets.values()), np.array(rows, np.int32)))
@@ -223,10 +225,11 @@ class WordStream(Dataset):
 
     def index(self, position: int) -> int:
         """Which of the usable words, counted over all parts, is at a position."""
-        part, words = position % len(self.parts), len(self.parts[position % len(self.parts)][1])
-        epoch, at = divmod(position // len(self.parts), words)
+        part = position % len(self.parts)
+        count = len(self.parts[part][1])
+        epoch, at = divmod(position // len(self.parts), count)
         if self.epochs.get(part, (None,))[0] != epoch:
-            self.epochs[part] = epoch, np.random.default_rng((self.seed, part, epoch)).permutation(words)
+            self.epochs[part] = epoch, np.random.default_rng((self.seed, part, epoch)).permutation(count)
         return self.first[part] + int(self.epochs[part][1][at])
 
     def locate(self, index: int) -> tuple[LmdbWords | ListedWords, int]:

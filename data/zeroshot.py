@@ -69,17 +69,17 @@ def open_set(name: str, folder: str, limit: int | None = None) -> Benchmark:
     if not root.is_dir():
         raise FileNotFoundError(f"--set {name}={folder}: no such folder")
     names, templates = class_list(name, root)
-    classes = {_key(folder): i for i, folder in enumerate(names)}
+    classes = {_plain(folder): i for i, folder in enumerate(names)}
     if len(classes) < len(names):
         raise ValueError(f"{root}/names.json: two of its folders differ only in space, _ or leading zeros")
-    images, keys = _own_format(name, root) or _class_folders(name, root, classes)
-    unknown = sorted({key for key in keys if _key(key) not in classes})
+    images, folders = _own_format(name, root) or _class_folders(name, root, classes)
+    unknown = sorted({folder for folder in folders if _plain(folder) not in classes})
     if unknown:
         raise ValueError(
             f"{root}: {len(unknown)} folders are no class of {name}: {', '.join(unknown[:5])}. Move them "
             "away, or call the set otherwise and put a names.json beside them"
         )
-    target = torch.tensor([classes[_key(key)] for key in keys])
+    target = torch.tensor([classes[_plain(folder)] for folder in folders])
     present = set(target.tolist())
     absent = [n for i, n in enumerate(names) if i not in present]
     notes = [f"{name}: {len(images)} images, {len(names)} classes"]
@@ -117,7 +117,7 @@ def class_list(name: str, root: Path) -> tuple[dict[str, str], list[str]]:
     return names, templates
 
 
-def _key(folder: str) -> str:
+def _plain(folder: str) -> str:
     """aquarium fish = aquarium_fish, 00001 = 1: as the same set is found on disk."""
     return str(int(folder)) if folder.isdecimal() else folder.replace(" ", "_")
 
@@ -146,20 +146,21 @@ def _class_folders(name: str, root: Path, classes: dict[str, int]) -> tuple[list
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
     def folders(inside: str) -> list[Path]:
-        at = root / inside
-        return sorted(p for p in at.iterdir() if p.is_dir() and p.name[0] != ".") if at.is_dir() else []
+        if not (root / inside).is_dir():
+            return []
+        return sorted(p for p in (root / inside).iterdir() if p.is_dir() and p.name[0] != ".")
 
-    found = (folders(inside) for inside in INSIDE)
-    found = next((f for f in found if any(_key(p.name) in classes for p in f)), None)
-    if found is None:
+    places = (folders(inside) for inside in INSIDE)
+    class_folders = next((f for f in places if any(_plain(p.name) in classes for p in f)), None)
+    if class_folders is None:
         there, wanted = ", ".join(p.name for p in folders("")[:3]), ", ".join(list(classes)[:3])
         raise ValueError(f"{root} has no class folder of {name} ({wanted}, ...); it has {there or 'none'}")
     images = []
-    for folder in found:
+    for folder in class_folders:
         files = sorted(str(p) for p in folder.iterdir() if p.suffix.lower() in IMG_EXTENSIONS)
         images += [(k, folder.name, file) for k, file in enumerate(files)]
     if not images:
-        raise ValueError(f"{root}: no images in its {len(found)} class folders")
+        raise ValueError(f"{root}: no images in its {len(class_folders)} class folders")
     images.sort()
     return [file for *_, file in images], [folder for _, folder, _ in images]
 

@@ -21,7 +21,9 @@ def accuracy(R: Tensor, target: Tensor, num_classes: int) -> dict[str, Tensor]:
     count = torch.bincount(target, minlength=num_classes).double()
     share = len(target) / (count[target] * (count > 0).sum())  # an image's share in its class's, over 1 / n
     scores = {"acc1": right[:, 0], "acc5": right.sum(1), "mean per class": right[:, 0] * share}
-    return {metric: score for metric, score in scores.items() if metric != "acc5" or num_classes > TOP}
+    if num_classes <= TOP:
+        del scores["acc5"]
+    return scores
 
 
 class Cosines:
@@ -75,4 +77,5 @@ def recall(similarity: Tensor | Cosines, image_of: Tensor) -> dict[str, Tensor]:
     for K in RECALL_AT:
         hits = torch.zeros(I, dtype=torch.float64, device=image_of.device)
         scores[f"IR@{K}"] = hits.index_add_(0, image_of, (by_caption < K).double()) * (I / T)
-    return {metric: score for metric, score in scores.items() if int(metric[3:]) < (I, T)[metric[0] == "T"]}
+    most = {"TR": T, "IR": I}  # of how many one is found: at as many or more, all are
+    return {metric: score for metric, score in scores.items() if int(metric[3:]) < most[metric[:2]]}
