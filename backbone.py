@@ -10,7 +10,6 @@ of LoRA.
 
 import argparse
 import math
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,37 +20,9 @@ from torch.utils.checkpoint import checkpoint
 
 import weights as weight_files
 from ranks import Ranks
+from weights import TIMM_NAMES, register_models
 
-TIMM_NAMES = {  # ours -> timm's
-    "eva_g": "eva_giant_patch14_clip_224.laion400m",  # Table 2, EVA-ViT-G: EVA01-CLIP-g, 1.0 B
-    "eva_e": "eva02_enormous_patch14_clip_224.laion2b_plus",  # Table 2, EVA-ViT-E: EVA02-CLIP-E-plus, 4.4 B
-}
 IMAGENET_NORM = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean, std: what the authors' release uses
-
-
-@cache
-def register_models() -> None:
-    """Have timm know eva_mini and eva_g_blip2. It is imported here: seconds that --help need not wait."""
-    from timm.models import generate_default_cfgs, register_model
-    from timm.models.eva import _cfg, _create_eva
-
-    global default_cfgs  # where timm looks for them
-    small = _cfg(num_classes=0, input_size=(3, 112, 112))  # 8 x 8 positions: the demo's
-    default_cfgs = generate_default_cfgs(
-        {"eva_mini.px224": _cfg(num_classes=0), "eva_mini.px112": small, "eva_g_blip2": _cfg(num_classes=0)}
-    )
-
-    @register_model
-    def eva_mini(pretrained: bool = False, **kwargs):
-        """EVA-ViT-G's architecture at 2.8 M parameters: for the demo, the tests, and a laptop."""
-        size = dict(patch_size=14, embed_dim=192, depth=6, num_heads=3, mlp_ratio=4, global_pool="token")
-        return _create_eva("eva_mini", pretrained=pretrained, **{**size, **kwargs})
-
-    @register_model
-    def eva_g_blip2(pretrained: bool = False, **kwargs):
-        """EVA-ViT-G as BLIP-2 has it: 39 of its 40 blocks, then a norm of BLIP-2's own."""
-        size = dict(patch_size=14, embed_dim=1408, depth=39, num_heads=16, mlp_ratio=6144 / 1408)
-        return _create_eva("eva_g_blip2", pretrained=pretrained, **{**size, "global_pool": "token", **kwargs})
 
 
 # Bytes that a head and its loss take for each token of the ViT: benchmarks/memory.py computes 284,000

@@ -15,9 +15,8 @@ from torchvision.transforms import Compose, Normalize, PILToTensor, ToTensor
 
 import files
 import lora
-from backbone import TIMM_NAMES, register_models
 from ranks import Ranks
-from weights import read
+from weights import TIMM_NAMES, read, register_models
 
 
 class Clip:

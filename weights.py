@@ -1,4 +1,4 @@
-"""Other people's weight files: what a vision tower is called in them, and how they are read.
+"""Other people's models and weight files: what a vision tower is called in them, and how they are read.
 
 state = read(path)                      # any of the formats below; only tensors, mapped from the disk
 tower(state, recognize(state))          # the vision tower alone, under timm's names
@@ -7,12 +7,18 @@ tower(state, recognize(state))          # the vision tower alone, under timm's n
 import pickle
 import re
 import zipfile
+from functools import cache
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+
+TIMM_NAMES = {  # ours -> timm's
+    "eva_g": "eva_giant_patch14_clip_224.laion400m",  # Table 2, EVA-ViT-G: EVA01-CLIP-g, 1.0 B
+    "eva_e": "eva02_enormous_patch14_clip_224.laion2b_plus",  # Table 2, EVA-ViT-E: EVA02-CLIP-E-plus, 4.4 B
+}
 
 TOWERS = {  # formats of --weights: where a file keeps the vision tower. Values and layouts never differ
     "open_clip": "visual.trunk.",
@@ -33,6 +39,31 @@ TRANSFORMERS = {  # timm's name -> transformers', in the formats blip2 and blip2
     "attn.proj": "self_attn.projection",
     "norm": "post_layernorm",
 }
+
+
+@cache
+def register_models() -> None:
+    """Have timm know eva_mini and eva_g_blip2. It is imported here: seconds that --help need not wait."""
+    from timm.models import generate_default_cfgs, register_model
+    from timm.models.eva import _cfg, _create_eva
+
+    global default_cfgs  # where timm looks for them
+    small = _cfg(num_classes=0, input_size=(3, 112, 112))  # 8 x 8 positions: the demo's
+    default_cfgs = generate_default_cfgs(
+        {"eva_mini.px224": _cfg(num_classes=0), "eva_mini.px112": small, "eva_g_blip2": _cfg(num_classes=0)}
+    )
+
+    @register_model
+    def eva_mini(pretrained: bool = False, **kwargs):
+        """EVA-ViT-G's architecture at 2.8 M parameters: for the demo, the tests, and a laptop."""
+        size = dict(patch_size=14, embed_dim=192, depth=6, num_heads=3, mlp_ratio=4, global_pool="token")
+        return _create_eva("eva_mini", pretrained=pretrained, **{**size, **kwargs})
+
+    @register_model
+    def eva_g_blip2(pretrained: bool = False, **kwargs):
+        """EVA-ViT-G as BLIP-2 has it: 39 of its 40 blocks, then a norm of BLIP-2's own."""
+        size = dict(patch_size=14, embed_dim=1408, depth=39, num_heads=16, mlp_ratio=6144 / 1408)
+        return _create_eva("eva_g_blip2", pretrained=pretrained, **{**size, "global_pool": "token", **kwargs})
 
 
 def read(path: str | Path) -> dict[str, Tensor]:
