@@ -2,9 +2,11 @@
 
 import argparse
 import importlib
+import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -343,3 +345,21 @@ def test_slurm_knows_every_script_that_can_resume(monkeypatch, capsys):
         can += [f"{script}.py"] if "[--resume]" in capsys.readouterr().out else []
     listed = re.search(r"in (stage1.*?)\) RESUME", (ROOT / "runs/slurm.sh").read_text())[1].split(" | ")
     assert sorted(can) == sorted(listed)
+
+
+def test_readmes_recipe_links_an_export_with_all_in_one_folder(scenes, tmp_path):
+    """As Roboflow writes it: pictures and _annotations.coco.json side by side; a category of no object."""
+    export = tmp_path / "export" / "train"
+    shutil.copytree(scenes / "train2017", export)
+    content = json.loads((scenes / "annotations" / "instances_train2017.json").read_text())
+    content["categories"].append({"id": 0, "name": "objects", "supercategory": "none"})
+    (export / "_annotations.coco.json").write_text(json.dumps(content))
+    lines = (ROOT / "README.md").read_text().splitlines()
+    at = next(k for k, line in enumerate(lines) if line.strip() == "mkdir -p mine/annotations")
+    *links, train = (line.strip() for line in lines[at : at + 4])
+    subprocess.run(["bash", "-ec", "\n".join(links)], cwd=tmp_path, check=True)
+    small = "--model eva_mini --weights random --image-scale 0.2 --iters 1 --warmup 0 --workers 0 --out o"
+    command = f"{train.replace('python', sys.executable).replace('stage1', f'{ROOT}/stage1')} {small}"
+    done = subprocess.run(["bash", "-ec", command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "o" / "detection.safetensors").is_file()
