@@ -145,7 +145,7 @@ def pack(outlines: list) -> tuple[np.ndarray, np.ndarray]:
 
 
 def truth(file: Coco, objects: Objects, categories: list[dict], **columns: list) -> dict:
-    """The data set that pycocotools is given to score against: what was checked, annotations numbered from 1.
+    """The data set that pycocotools is given to score against, of what was checked.
 
     columns: more fields of the annotations
     An area that the file does not tell is that of the mask, or else of the box.
@@ -157,7 +157,6 @@ def truth(file: Coco, objects: Objects, categories: list[dict], **columns: list)
         areas[k] = float(rle.area(code(outline, h, w)) if outline else objects.boxes_xywh[k, 2:].prod())
     ids = file.ids.tolist()
     columns |= {
-        "id": list(range(1, len(areas) + 1)),
         "image_id": [ids[row] for row in objects.rows],
         "category_id": [categories[label]["id"] for label in objects.labels],
         "bbox": objects.boxes_xywh.tolist(),
