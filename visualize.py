@@ -275,7 +275,7 @@ def answer(backbone: Backbone, head: nn.Module, task: str, samples: list[tuple[T
     images, valid, y = collate(samples, backbone.patch, backbone.mean, backbone.std)
     f = backbone(*to_device([images, valid], next(backbone.parameters()).device))
     if task == "pose":
-        return {"persons": oks_nms(head.predict(f, y))}
+        return {"persons": oks_nms(head.predict(f, y), head.config["categories"][0].get("sigmas"))}
     return (head.predict_panoptic if task == "panoptic" else head.predict)(f, y)[0]
 
 

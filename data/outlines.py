@@ -31,7 +31,7 @@ def check(annotations: Items, sizes: np.ndarray, only: np.ndarray | None = None)
         drawn = [k for k in places[start : start + CHUNK] if type(found[k]) is not dict]
         if not _all_good([found[k] for k in drawn], far[drawn]):
             for k in drawn:
-                found[k], faults = _parts(annotations, k, found[k], far[k])
+                found[k], faults = _parts(annotations, k, found[k], far[k].item())
                 for fault in faults:
                     bad.setdefault(fault, []).append(k)
     for k in places:
@@ -145,7 +145,7 @@ def pack(outlines: list) -> tuple[np.ndarray, np.ndarray]:
 
 
 def truth(file: Coco, objects: Objects, categories: list[dict], **columns: list) -> dict:
-    """The data set that pycocotools is given to score against: what was checked, annotations numbered from 1.
+    """The data set that pycocotools is given to score against, of what was checked.
 
     columns: more fields of the annotations
     An area that the file does not tell is that of the mask, or else of the box.
@@ -157,7 +157,6 @@ def truth(file: Coco, objects: Objects, categories: list[dict], **columns: list)
         areas[k] = float(rle.area(code(outline, h, w)) if outline else objects.boxes_xywh[k, 2:].prod())
     ids = file.ids.tolist()
     columns |= {
-        "id": list(range(1, len(areas) + 1)),
         "image_id": [ids[row] for row in objects.rows],
         "category_id": [categories[label]["id"] for label in objects.labels],
         "bbox": objects.boxes_xywh.tolist(),

@@ -28,7 +28,7 @@ class PersonBoxes(Dataset):
         self.categories = data.categories
         category, objects, keypoints = posed(file)
         counts = (keypoints[..., 2] > 0).sum(1).tolist()
-        points = keypoints.reshape(len(counts), -1).tolist()
+        points = [points.ravel().tolist() for points in keypoints]
         self.truth = truth(file, objects, [category], keypoints=points, num_keypoints=counts)
         if boxes:
             data = read_boxes(boxes, data)

@@ -13,7 +13,7 @@ def average_precision(
 ) -> dict:
     """{metric: percent, None where nothing of that size is annotated}: COCO's 12 figures, 10 of keypoints.
 
-    truth: a data set (data.coco.truth), results: both in COCO's format; kind: bbox, segm, keypoints
+    truth: a data set (data.outlines.truth), results: both in COCO's format; kind: bbox, segm, keypoints
     sigmas: of the keypoints, where they are not COCO's 17
     Raises ValueError naming images or categories of the results that the annotations do not have.
     """
