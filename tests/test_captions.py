@@ -142,9 +142,18 @@ def test_images_without_captions_empty_and_long_ones_are_counted(broken):
 @pytest.mark.parametrize(
     "change, says",
     [
-        (lambda c: c["annotations"][3].update(image_id=77), r"caption 4: unknown image id 77"),
-        (lambda c: c["annotations"][3].update(caption=None), r"caption 4 is not a string: None"),
-        (lambda c: c["annotations"][3].pop("caption") and c, r"not a COCO captions file: KeyError"),
+        (
+            lambda c: c["annotations"][3].update(image_id=77),
+            r"annotations\[3\] of 60 \(id 4\): unknown image id 77",
+        ),
+        (
+            lambda c: c["annotations"][3].update(caption=None),
+            r"annotations\[3\] of 60 \(id 4\): caption must be text, got None",
+        ),
+        (
+            lambda c: c["annotations"][3].pop("caption") and c,
+            r"annotations\[3\] of 60 \(id 4\): no field caption",
+        ),
         (lambda c: c.pop("images"), r"no list called images"),
         (lambda c: c.update(annotations=[]), r"no word occurs 6 times .*--min-count"),
     ],

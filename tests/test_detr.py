@@ -243,3 +243,18 @@ def test_it_learns_two_images():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.4 * losses[0]
+
+
+def test_memory_keeps_the_encoders_input():
+    """The residual of the release: with an encoder that says nothing, the decoder still sees the features."""
+
+    class Nothing(torch.nn.Module):
+        def forward(self, tokens, pos, padding):
+            return torch.zeros_like(tokens)
+
+    torch.manual_seed(0)
+    head = Detr(16, [{"id": 1, "name": "a"}]).eval()
+    head.encoder = torch.nn.ModuleList([Nothing()])
+    with torch.no_grad():
+        logits = [head.decode(Features(None, torch.randn(1, 16, 3, 4), None))[0] for _ in range(2)]
+    assert (logits[0] - logits[1]).abs().max() > 1e-3

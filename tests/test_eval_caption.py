@@ -131,13 +131,13 @@ def test_before_and_after_end_to_end_and_resumed(tmp_path, run, blip, no_java):
 
 def test_formats(tmp_path):
     content = write_nocaps(tmp_path)
-    E = eval_caption.read(tmp_path / "nocaps.json")
+    E, _ = eval_caption.read(tmp_path / "nocaps.json")
     assert [item.domain for item in E[:3]] == list(eval_caption.DOMAINS)
     assert E[1].references == [a["caption"] for a in content["annotations"] if a["image_id"] == 1]
     mini = SHARED / "retrieval/dataset_coco_mini.json"
     if not mini.is_file():
         pytest.skip("needs ../shared/data/retrieval, which is not here")
-    E = eval_caption.read(mini)
+    E, _ = eval_caption.read(mini)
     assert len(E) == 50 and all(len(item.references) == 5 for item in E)
     assert all((SHARED / "coco" / item.image).is_file() for item in E)
 
@@ -155,9 +155,13 @@ def test_bad_files_are_refused(tmp_path, run):
 
     bare = {**content, "annotations": content["annotations"][3:]}
     assert "1 of 6 images have no caption, the first is 0" in told(bare)
-    assert "each must be there once" in told({**content, "images": content["images"] + content["images"][:1]})
+    assert "id 0 is there before, at images[0] of 7" in told(
+        {**content, "images": content["images"] + content["images"][:1]}
+    )
     stray = {"image_id": 99, "caption": "a"}
-    assert "neither NoCaps', COCO's nor Karpathy's" in told({**content, "annotations": [stray]})
+    assert "annotations[0] of 1 (image_id 99): unknown image id 99" in told(
+        {**content, "annotations": [stray]}
+    )
     odd = {**content, "images": [{**image, "domain": "far"} for image in content["images"]]}
     assert "domain must be one of" in told(odd)
     some = [{"image_id": i, "caption": "a star"} for i in range(5)]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data.segmentation import read_segments
 from scores import panoptic_quality as pq
 
 CATEGORIES = [
@@ -131,7 +132,7 @@ def test_real_truth_against_itself_is_1(real_coco):
     content = json.loads((real_coco / "annotations" / "panoptic_val2017.json").read_text())
     counts, crowds = 0, 0
     for a in content["annotations"]:
-        ids = pq.read_segments(real_coco / "annotations" / "panoptic_val2017" / a["file_name"])
+        ids = read_segments(real_coco / "annotations" / "panoptic_val2017" / a["file_name"])
         things = [s for s in a["segments_info"] if not s["iscrowd"]]
         crowds += len(a["segments_info"]) - len(things)
         found = np.where(np.isin(ids, [s["id"] for s in things]), ids, 0)
@@ -143,7 +144,7 @@ def test_real_truth_against_itself_is_1(real_coco):
 
 def test_ids_of_a_png(tmp_path):
     Image.fromarray(np.array([[[1, 2, 3], [255, 0, 0]]], np.uint8)).save(tmp_path / "a.png")
-    assert pq.read_segments(tmp_path / "a.png").tolist() == [[1 + 2 * 256 + 3 * 65536, 255]]
+    assert read_segments(tmp_path / "a.png").tolist() == [[1 + 2 * 256 + 3 * 65536, 255]]
 
 
 @pytest.mark.parametrize(

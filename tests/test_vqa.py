@@ -180,7 +180,7 @@ def test_bad_files_are_refused(tmp_path, run, blip):
     moved = json.loads(json.dumps(annotations))
     moved["annotations"][0]["image_id"] = 77
     assert "question 986 is on image 5, its annotation on 77" in told(a=moved)
-    assert "not vqav2's official files" in told(q={"questions": [{}]})
+    assert "questions[0] of 1: no field question_id" in told(q={"questions": [{}]})
     (tmp_path / "set/images/COCO_val2014_000000000002.jpg").write_bytes(b"no image")
     assert "000000000002.jpg: UnidentifiedImageError" in told()
     (tmp_path / "set/images/COCO_val2014_000000000002.jpg").unlink()
@@ -192,8 +192,8 @@ def test_results_of_another_question_set_are_refused(tmp_path, run):
     for rows, told in (
         ([{"question_id": 1, "answer": "yes"}], "15 of 15 questions of the question set are not in"),
         ([{"question_id": i, "answer": "x"} for i in range(986, 1002)], "1 of 16 questions of"),
-        ([{"question_id": 1}], "question 1 has no answer"),
-        ({"a": 1}, "is no results file"),
+        ([{"question_id": 1}], "results[0] of 1 (question_id 1): answer must be text, got None"),
+        ({"a": 1}, "is not a results file"),
     ):
         (tmp_path / "r.json").write_text(json.dumps(rows))
         code, _, err = run("eval_vqa", *options, "--results", tmp_path / "r.json", "--out", tmp_path / "out")
