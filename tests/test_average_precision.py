@@ -21,7 +21,7 @@ def test_published_box_figures_come_out():
     expected = read("detection_eval", "expected.json")["instances_val2014_fakebbox100_results.json"]
     annotations = SHARED / "detection_eval" / "annotations" / "instances_val2014_100.json"
     ids = [image["id"] for image in json.loads(annotations.read_text())["images"]]
-    scores = average_precision(annotations, results, "bbox", ids)
+    scores = average_precision(json.loads(annotations.read_text()), results, "bbox", ids)
     assert list(scores.values()) == pytest.approx([100 * v for v in expected["stats_12"]], abs=1e-9)
     assert scores["box AP"] == pytest.approx(50.5, abs=0.05) and list(scores)[1] == "box AP50"
 
@@ -34,7 +34,7 @@ def test_bad_results_are_named(scenes):
         ({"category_id": 50}, "no category 50"),
     ):
         with pytest.raises(ValueError, match=says):
-            average_precision(annotations, [good, {**good, **change}], "bbox", [1, 2])
+            average_precision(json.loads(annotations.read_text()), [good, {**good, **change}], "bbox", [1, 2])
 
 
 def test_only_the_images_evaluated_count(scenes):
@@ -45,5 +45,6 @@ def test_only_the_images_evaluated_count(scenes):
         for a in json.loads(path.read_text())["annotations"]
         if a["image_id"] == 1
     ]
-    of = {n: average_precision(path, results, "bbox", range(1, n + 1)) for n in (1, 4)}
+    truth = json.loads(path.read_text())
+    of = {n: average_precision(truth, results, "bbox", range(1, n + 1)) for n in (1, 4)}
     assert of[1]["box AP"] == pytest.approx(100) and of[4]["box AP"] < 90

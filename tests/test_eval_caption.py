@@ -166,7 +166,7 @@ def test_bad_files_are_refused(tmp_path, run):
     assert "domain must be one of" in told(odd)
     some = [{"image_id": i, "caption": "a star"} for i in range(5)]
     assert "1 images have no prediction: 5" in told(results=some)
-    assert "1 images are there twice" in told(results=some + some[:1])
-    assert "is no results file" in told(results={"a": 1})
+    assert "image_id 0 is there before" in told(results=some + some[:1])
+    assert "no list called results" in told(results={"a": 1})
     extra = [{"image_id": i, "caption": "a star"} for i in range(7)]
     assert "not in the annotations" in told(results=extra)

@@ -125,8 +125,7 @@ def test_bad_pictures_are_named(tmp_path):
     whole = encoded(picture, format="JPEG")
     for content in (whole[:-900], b"hello", b""):
         path.write_bytes(content)
-        says = rf"{path} cannot be decoded \(.*\): restore it, or use --skip-bad-images"
-        with pytest.raises(files.BadImage, match=says):
+        with pytest.raises(files.BadImage, match=rf"{path} cannot be decoded \(.*\)$"):
             files.read_picture(path)
     path.write_bytes(whole)
     with pytest.raises(files.BadImage, match=f"{path} is 70 x 50 pixels, its annotations say 50 x 70"):

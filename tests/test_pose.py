@@ -354,7 +354,7 @@ def test_real_keypoints_come_back_from_their_own_heat_maps(real_coco, real_data)
             kept.append(answer)
         results = keypoint_results(kept, items.categories)
         assert len(results) == len(items) and count[0] > 0.9 * count[1]
-        scores = average_precision(items.annotations, results, "keypoints", items.image_ids)
+        scores = average_precision(items.truth, results, "keypoints", items.image_ids)
         assert scores["keypoint AP"] == pytest.approx(100, abs=1e-9)
 
 
@@ -396,8 +396,8 @@ def test_every_person_is_evaluated_once(people, tmp_path):
             '[{"image_id": 77, "category_id": 1, "bbox": [0, 0, 5, 5], "score": 1}]',
             "not in the annotations: 77",
         ),
-        ('[{"image_id": 1}]', "not a COCO results file"),
-        ("{", "not a COCO results file"),
+        ('[{"image_id": 1}]', r"results\[0\] of 1 .image_id 1.: no field bbox"),
+        ("{", "is not JSON"),
     ],
 )
 def test_bad_detections_are_named(people, tmp_path, text, says):
@@ -410,10 +410,13 @@ def test_bad_detections_are_named(people, tmp_path, text, says):
 @pytest.mark.parametrize(
     "change, says",
     [
-        (lambda c: c["annotations"][0].update(image_id=77), "annotation 1: unknown image id 77"),
-        (lambda c: c["annotations"][0].update(keypoints=[1, 2, 2]), "annotation 1: 3 keypoints, not 3 x 17"),
+        (lambda c: c["annotations"][0].update(image_id=77), r"annotations\[0\] of .*: unknown image id 77"),
+        (
+            lambda c: c["annotations"][0].update(keypoints=[1, 2, 2]),
+            r"annotations\[0\] of .*: 3 numbers in keypoints, not 3 x 17",
+        ),
         (lambda c: c["categories"].clear(), "0 categories have keypoints"),
-        (lambda c: c["annotations"][0].pop("bbox"), "not a COCO keypoints file"),
+        (lambda c: c["annotations"][0].pop("bbox"), r"annotations\[0\] of .*: no field bbox"),
     ],
 )
 def test_bad_annotations_are_named(people, tmp_path, change, says):
@@ -500,7 +503,8 @@ def test_a_sample_depends_on_its_position_alone(people):
 def test_images_without_persons_are_refused_by_name(tmp_path):
     (tmp_path / "annotations").mkdir()
     (tmp_path / "val2017").mkdir()
-    person = {"id": 1, "name": "person", "keypoints": ["nose", "left_eye", "right_eye"]}
+    names = ["nose", "left_eye", "right_eye"]
+    person = {"id": 1, "name": "person", "keypoints": names, "sigmas": [0.1, 0.1, 0.1]}
     content = {"images": [], "annotations": [], "categories": [person]}
     (tmp_path / "annotations" / "person_keypoints_val2017.json").write_text(json.dumps(content))
     assert pose.read_persons(tmp_path, "val2017").keypoints.shape == (0, 3, 3)
