@@ -191,9 +191,10 @@ def trial(format: Format, folder: Path, place: tuple, value, data: bytes | None 
         content = error
     item = None
     if len(place) > 1 and isinstance(place[1], int):
-        item = r"\w+\[\d+\] of \d+|\.png"
-        if not {"id", "image_id", "category_id", "cocoid"} & {place[-1], *place[2:3]} and len(place) > 2:
-            item = rf"{place[0]}\[{place[1]}\] of \d+|\.png|'{value}'"
+        item, field = r"\w+\[\d+\] of \d+|images not in|categor(y '|ies have)", place[2:3]
+        if field and field[0] not in ("id", "image_id", "category_id", "cocoid", "width", "height", "file_name"):
+            item = rf"{place[0]}\[{place[1]}\] of \d+|category '|ies have"
+        item += r"|\.png"
     outcomes = {}
     for name, reader in format.readers.items():
         found = outcomes[name] = attempt(reader.read, folder)
@@ -397,12 +398,14 @@ def naive_objects(content: dict, masks: bool = False, pose: bool = False) -> dic
     categories = {c["id"]: c for c in content["categories"]}
     if any(not 0 < image[side] < 2**31 for image in images.values() for side in ("width", "height")):
         raise ValueError("a size that is none")
-    if any((image["height"], image["width"]) != (H, W) for image in images.values()):
+    wrong = {i for i, image in images.items() if (image["height"], image["width"]) != (H, W)}
+    if wrong and not pose:
         raise ValueError("not the picture's size")
     found, crowds = [], 0
     for a in content["annotations"]:
         category = categories[a["category_id"]]
-        box, shape = corners(a["bbox"], H, W), None
+        image = images[a["image_id"]]
+        box, shape = corners(a["bbox"], image["height"], image["width"]), None
         if masks:
             shape = drawn(a.get("segmentation"), H, W)
         crowd = a.get("iscrowd") or 0
@@ -411,9 +414,11 @@ def naive_objects(content: dict, masks: bool = False, pose: bool = False) -> dic
         if pose:
             points = a.get("keypoints") or [0] * 9
             if not crowd and any(v > 0 for v in points[2::3]):
+                if a["image_id"] in wrong:
+                    raise ValueError("not the picture's size")
                 found.append((a["image_id"], *map(float, np.float32(a["bbox"])), *map(float, np.float32(points))))
         elif not crowd:
-            found.append((a["image_id"], category["name"], *(() if masks else box), shape))
+            found.append((a["image_id"], whole(category["name"]), *(() if masks else box), shape))
         crowds += crowd
     return {"objects": ordered(found), "crowds": int(crowds)}
 
@@ -488,7 +493,7 @@ def naive_segments(content: dict) -> list:
             raise ValueError("not the segments of the PNG")
         for s in a["segments_info"]:
             if not s.get("iscrowd"):
-                found.append((a["image_id"], categories[s["category_id"]], int((ids == s["id"]).sum())))
+                found.append((a["image_id"], whole(categories[s["category_id"]]), int((ids == s["id"]).sum())))
     return ordered(found)
 
 
