@@ -153,13 +153,13 @@ class Items:
         ids = self.column(key, int, str)
         for i, value in enumerate(ids):
             if type(value) is not type(ids[0]):
-                self.refuse(i, f"{key} {value!r} beside {ids[0]!r}: write all as numbers, or all as text")
+                self.refuse(i, f"{key} {shown(value)} beside {shown(ids[0])}: write all as numbers, or all as text")
             if type(value) is int and not -(2**63) <= value < 2**63:
-                self.refuse(i, f"{key} {value} has more than 64 bits: write the ids as text")
+                self.refuse(i, f"{key} {shown(value)} has more than 64 bits: write the ids as text")
         if len(set(ids)) < len(ids):
             seen = set()
             i = next(i for i, value in enumerate(ids) if value in seen or seen.add(value))
-            self.refuse(i, f"{key} {ids[i]!r} is there before, at {self.where(ids.index(ids[i]))}")
+            self.refuse(i, f"{key} {shown(ids[i])} is there before, at {self.where(ids.index(ids[i]))}")
         return ids
 
     def refer(self, key: str, place_of: dict, what: str) -> list[int]:

@@ -171,17 +171,22 @@ class Reader(NamedTuple):
 
 
 class Format(NamedTuple):
-    """A kind of JSON file: where it is below the folder, a valid content, its readers, which must agree."""
+    """A kind of JSON file: where it is below the folder, a valid content, its readers.
+
+    agree: whether all accept, or none does; beside: files that disagree with it may be named in its place
+    """
 
     file: str
     content: object
     readers: dict[str, Reader]
     agree: bool = True
+    beside: tuple = ()
 
 
 def trial(format: Format, folder: Path, place: tuple, value, data: bytes | None = None) -> str | None:
     """Write the spoilt file, read it, and judge. data: in the place of what place and value make"""
     path = folder / format.file
+    path.parent.mkdir(exist_ok=True)
     if data is None:
         data = json.dumps(spoil(format.content, place, value)).encode()
     path.write_bytes(data)
@@ -194,12 +199,16 @@ def trial(format: Format, folder: Path, place: tuple, value, data: bytes | None 
         item, field = r"\w+\[\d+\] of \d+|images not in|categor(y '|ies have)", place[2:3]
         if field and field[0] not in ("id", "image_id", "category_id", "cocoid", "width", "height", "file_name"):
             item = rf"{place[0]}\[{place[1]}\] of \d+|category '|ies have"
-        item += r"|\.png"
+        item += r"|\.png|questions? |no caption|0 images|domain must be"
+    elif place and isinstance(place[0], int):
+        item = rf"\w+\[\d+\] of \d+|questions of"
+    if place and place[0] in ("templates", "names"):
+        item = None
     outcomes = {}
     for name, reader in format.readers.items():
         found = outcomes[name] = attempt(reader.read, folder)
         expected = content if isinstance(content, Exception) else attempt(reader.naive, content)
-        if why := complaint(found, expected, [path.name, ".png"], item):
+        if why := complaint(found, expected, [path.name, ".png", *format.beside], item):
             return f"{name}: {why}"
     refused = {isinstance(found, Exception) for found in outcomes.values()}
     if format.agree and len(refused) > 1 and "nothing to train on" not in str(outcomes):
@@ -603,3 +612,321 @@ DETECTION, SEGMENTATION, PANOPTIC, POSE, CAPTIONS = (
 )
 def test_cocos_files_train_and_evaluate_alike(tmp_path, format, seeds, known):
     trials(format, write_world(tmp_path / "coco"), seeds, known)
+
+
+# --- captions and questions in other formats
+
+
+def karpathy() -> dict:
+    images, sentences = [], iter(TEXTS)
+    for k, (split, name) in enumerate((("train", "7.png"), ("restval", "3.png"), ("test", "12.png"), ("val", "x.png"))):
+        told = [{"raw": t, "tokens": captions.tokenize(t), "sentid": k} for t in [next(sentences)] + TEXTS[4:] * (k == 2)]
+        image = {"cocoid": 40 + k, "filepath": SPLIT, "filename": name, "split": split, "imgid": k, "sentences": told}
+        images.append(image)
+    return {"images": images, "dataset": "coco"}
+
+
+def naive_karpathy(content: dict, splits: tuple, field: str) -> list:
+    images = content["images"]
+    key = next((key for key in ("cocoid", "imgid") if any(key in image for image in images)), "filename")
+    found = []
+    for image in images:
+        if image["split"] in splits:
+            told = [s[field] for s in image["sentences"]]
+            place = "/".join(filter(None, (image.get("filepath"), image["filename"])))
+            found.append((image[key], whole(place), [whole(t) if field == "raw" else [whole(str(w)) for w in t] for t in told]))
+    if len({str(i) for i, *_ in found}) < len(found):
+        raise ValueError("ids that are there twice")
+    return ordered(found)
+
+
+def naive_training(content: dict) -> list:
+    """What is on disk; words of the others count in the vocabulary alone."""
+    found = naive_karpathy(content, ("train", "restval"), "tokens")
+    there = {f"{SPLIT}/{image['file_name']}" for image in IMAGES}
+    kept = []
+    for i, place, told in found:
+        names = [place, f"{SPLIT}/{i:012d}.jpg" if isinstance(i, int) else "", f"{SPLIT}/{place.split('/')[-1]}"]
+        if name := next((name for name in names if name in there), None):
+            kept += [(i, name, words) for words in told]
+    if not kept and not any(place in there for _, place, _ in found):
+        raise ValueError("none on disk")
+    return ordered(kept)
+
+
+def train_karpathy(folder: Path) -> list:
+    images, sentences, _ = captions.read_karpathy(folder / "dataset_coco.json", folder, SPLIT)
+    return ordered((images[row]["id"], images[row]["name"], tokens) for row, tokens in sentences if row is not None)
+
+
+def read_references(folder: Path) -> list:
+    _, images, _ = references.read(folder / "dataset_coco.json")
+    return ordered((image["id"], image["image"], image["references"]) for image in images)
+
+
+def read_items(folder: Path) -> list:
+    found, _ = eval_caption.read(folder / "dataset_coco.json")
+    return ordered((item.id, item.image, item.references) for item in found)
+
+
+def naive_items(content) -> list:
+    found = naive_karpathy(content, ("test",), "raw")
+    if not found or not all(told for *_, told in found):
+        raise ValueError("no captions")
+    return found
+
+
+def naive_test_and_val(content) -> list:
+    if isinstance(content, list):
+        return sorted(content)
+    return sorted({image["cocoid"] for image in content["images"] if image["split"] in ("test", "val")})
+
+
+KARPATHY = Format(
+    "dataset_coco.json",
+    karpathy(),
+    {
+        "train": Reader(train_karpathy, naive_training),
+        "references": Reader(read_references, lambda content: naive_karpathy(content, ("test",), "raw")),
+        "eval_caption": Reader(read_items, naive_items),
+        "ids": Reader(lambda folder: sorted(coco.read_ids(folder / "dataset_coco.json")), naive_test_and_val),
+    },
+    agree=False,
+)
+
+
+def lavis() -> list:
+    return [{"image": f"val/{name}", "caption": t} for name, t in (("7.png", TEXTS[0]), ("3.png", TEXTS[1:3]), ("7.png", "two"))]
+
+
+def naive_lavis(content: list) -> list:
+    found = {}
+    for entry in content:
+        told = [entry["caption"]] if isinstance(entry["caption"], str) else entry["caption"]
+        found.setdefault(whole(entry["image"]), []).extend(map(whole, told))
+    return ordered((image, image, told) for image, told in found.items())
+
+
+LAVIS = Format("dataset_coco.json", lavis(), {"references": Reader(read_references, naive_lavis)})
+NOCAPS_CONTENT = {**texts(), "images": [{**image, "domain": "in-domain"} for image in IMAGES]}
+
+
+def naive_nocaps(content: dict) -> list:
+    found = {image["id"]: (image["id"], whole(image["file_name"]), []) for image in content["images"]}
+    if any(image.get("domain") not in ("in-domain", "near-domain", "out-domain", None) for image in content["images"]):
+        raise ValueError("domain")
+    for a in content["annotations"]:
+        found[a["image_id"]][2].append(whole(a["caption"]))
+    if not found or not all(told for *_, told in found.values()):
+        raise ValueError("no captions")
+    return ordered(found.values())
+
+
+NOCAPS = Format("dataset_coco.json", NOCAPS_CONTENT, {"eval_caption": Reader(read_items, naive_nocaps)})
+
+
+def questions() -> dict:
+    asked = [(3, 7, "What is it?"), (5, 7, "How many?"), (4, 12, "Where is it?")]
+    return {"questions": [dict(question_id=q, image_id=i, question=t) for q, i, t in asked], "data_subtype": "val2014"}
+
+
+def annotations() -> dict:
+    rows = [(5, 7, "number"), (3, 7, "other"), (4, 12, "yes/no")]
+    answers = [[{"answer": f"{'box' if k < n else 'dot'}", "answer_id": k} for k in range(10)] for n in (3, 10, 7)]
+    keys = ("question_id", "image_id", "answer_type")
+    return {"annotations": [dict(zip(keys, row, strict=True), answers=a) for row, a in zip(rows, answers, strict=True)]}
+
+
+def naive_questions(asked: dict, answered: dict) -> list:
+    found, of = [], {a["question_id"]: a for a in answered["annotations"]}
+    if len(of) != len(asked["questions"]) or len(of) != len(answered["annotations"]):
+        raise ValueError("not the same")
+    for q in asked["questions"]:
+        a = of[q["question_id"]]
+        if a["image_id"] != q["image_id"] or len(a["answers"]) != 10:
+            raise ValueError("not the same")
+        image = f"COCO_{asked.get('data_subtype', 'val2014')}_{q['image_id']:012d}.jpg"
+        told = tuple(whole(answer["answer"]) for answer in a["answers"])
+        found.append((q["question_id"], image, whole(q["question"]), told, whole("other" if a.get("answer_type") is None else a["answer_type"])))
+    return found
+
+
+def read_questions(folder: Path) -> list:
+    for name, content in (("questions.json", questions()), ("annotations.json", annotations())):
+        if not (folder / name).is_file():
+            (folder / name).write_text(json.dumps(content))
+    found = vqa.read("vqav2", folder / "questions.json", folder / "annotations.json")
+    return [(q.id, q.image, q.text, q.answers, q.kind) for q in found]
+
+
+QUESTIONS = Format(
+    "questions.json",
+    questions(),
+    {"vqa": Reader(read_questions, lambda c: naive_questions(c, annotations()))},
+    beside=("annotations.json",),
+)
+ANNOTATIONS = Format(
+    "annotations.json", annotations(), {"vqa": Reader(read_questions, lambda c: naive_questions(questions(), c))}
+)
+
+
+def gqa() -> dict:
+    of = {"imageId": "n7", "question": "Is it red?", "answer": "yes", "types": {"structural": "verify"}}
+    return {"05": of, "07": {**of, "imageId": "n8", "answer": "box", "types": {"structural": "query"}}}
+
+
+def naive_gqa(content: dict) -> list:
+    found = []
+    for key, q in content.items():
+        kind = (q.get("types") or {}).get("structural") or "other"
+        row = (key, whole(q["imageId"]) + ".jpg", whole(q["question"]), (whole(q["answer"]),), whole(kind))
+        found.append(row)
+    return found
+
+
+def read_gqa(folder: Path) -> list:
+    return [(q.id, q.image, q.text, q.answers, q.kind) for q in vqa.read("gqa", folder / "gqa.json", None)]
+
+
+GQA = Format("gqa.json", gqa(), {"vqa": Reader(read_gqa, naive_gqa)})
+ASKED = [vqa.Question(i, "7.jpg", "What?", ("box",) * 10, "other") for i in (3, 5, 4)]
+ANSWERS = [{"question_id": i, "answer": "box"} for i in (5, 3, 4)]
+
+
+def naive_answers(content: list) -> dict:
+    rows = [(r.get("question_id", r.get("questionId")), whole(r.get("answer", r.get("prediction")))) for r in content]
+    if sorted(key for key, _ in rows) != [3, 4, 5]:
+        raise ValueError("not the questions")
+    return dict(rows)
+
+
+VQA_RESULTS = Format(
+    "results.json", ANSWERS, {"vqa": Reader(lambda f: vqa.read_results(f / "results.json", ASKED), naive_answers)}
+)
+CAPTION_RESULTS = Format(
+    "results.json",
+    [{"image_id": i, "caption": t} for i, t in zip((7, 3, 12), TEXTS, strict=False)],
+    {
+        "eval_caption": Reader(
+            lambda folder: eval_caption.read_results(folder / "results.json"),
+            lambda content: {r["image_id"]: whole(r["caption"]) for r in content},
+        )
+    },
+)
+NAMES = {"names": {"a_b": "one", "02": "two", "c": "three"}, "templates": ["a {}.", "the {}"]}
+
+
+def read_classes(folder: Path) -> list:
+    folder = folder / "classes"
+    for name in ("a b", "2", "c"):
+        (folder / name).mkdir(exist_ok=True)
+        Image.new("RGB", (4, 4)).save(folder / name / "1.png")
+    found = zeroshot.open_set("shapes", folder)
+    images = {Path(image).parent.name: found.texts[k] for image, k in zip(found.images, found.target, strict=True)}
+    return [sorted(images.items()), found.texts, found.templates]
+
+
+def naive_classes(content: dict) -> list:
+    names = {key: value for key, value in content["names"].items() if type(value) is str and value or 1 / 0}
+    plain = {str(int(key)) if key.isdecimal() else key.replace("_", " "): name for key, name in names.items()}
+    if len(plain) < len(names):
+        raise ValueError("two of one name")
+    images = [(folder, plain[folder]) for folder in ("2", "a b", "c")]
+    if not all(t.count("{}") == 1 == t.count("{") for t in content["templates"]) or not content["templates"]:
+        raise ValueError("templates")
+    return [images, list(names.values()), content["templates"]]
+
+
+CLASSES = Format("classes/names.json", NAMES, {"zeroshot": Reader(read_classes, naive_classes)})
+
+
+@pytest.mark.parametrize(
+    "format, seeds, known",
+    [
+        pytest.param(KARPATHY, range(500, 560), [], id="karpathy"),
+        pytest.param(LAVIS, range(600, 630), [], id="lavis"),
+        pytest.param(NOCAPS, range(650, 690), [], id="nocaps"),
+        pytest.param(QUESTIONS, range(700, 740), [], id="questions"),
+        pytest.param(ANNOTATIONS, range(750, 790), [], id="annotations"),
+        pytest.param(GQA, range(800, 840), [], id="gqa"),
+        pytest.param(VQA_RESULTS, range(850, 890), [], id="vqa results"),
+        pytest.param(CAPTION_RESULTS, range(900, 930), [], id="caption results"),
+        pytest.param(CLASSES, range(950, 990), [], id="names"),
+    ],
+)
+def test_texts_are_read_or_refused(tmp_path, format, seeds, known):
+    trials(format, write_world(tmp_path / "data"), seeds, known)
+
+
+# --- what is scored again: eval_heads.py --results
+
+
+def boxes_found() -> list:
+    return [
+        {"image_id": image, "category_id": 4 if i > 5 else 1, "bbox": box, "score": 0.9}
+        for i, (image, box) in BOXES.items()
+    ]
+
+
+def masks_found() -> list:
+    return [
+        {**{k: v for k, v in r.items() if k != "bbox"}, "segmentation": compressed(rectangle(*r["bbox"]))}
+        for r in boxes_found()
+    ]
+
+
+def poses_found() -> list:
+    known = ("image_id", "category_id", "keypoints")
+    return [{**{k: a[k] for k in known}, "score": 0.9} for a in keypoints()["annotations"] if not a["iscrowd"]]
+
+
+def segments_found() -> dict:
+    return {k: v for k, v in panoptic().items() if k != "images"}
+
+
+def captions_found() -> list:
+    return [{"image_id": image["id"], "caption": text} for image, text in zip(IMAGES, TEXTS, strict=False)]
+
+
+def again(task: str, kept: dict) -> Callable:
+    """Scores of a results file, on the annotations of a world that is read once."""
+
+    def read(folder: Path) -> dict:
+        args = options(folder, out=folder)
+        if task not in kept:
+            kept[task] = validation.open_items(task, args)
+        scorer = eval_heads.scorer_of(task)(kept[task], args)
+        path = folder / "results.json"
+        return scorer.score(scorer.read(path), folder=folder / "annotations" / f"panoptic_{SPLIT}")[0]
+
+    return read
+
+
+def true_results(task: str) -> dict:
+    known = dict(detection=boxes_found, segmentation=masks_found, pose=poses_found, panoptic=segments_found)
+    return {**known, "captioning": captions_found}[task]()
+
+
+@pytest.mark.parametrize("task, seeds", [(task, range(1000 + 50 * k, 1040 + 50 * k)) for k, task in enumerate(tasks.NAMES)])
+def test_results_are_scored_or_refused(tmp_path, task, seeds):
+    """A result that is accepted has a score in 0..100, and of the true objects one less drawn is no gain."""
+    folder, kept = write_world(tmp_path / "coco"), {}
+    for format in (DETECTION, PANOPTIC, POSE, CAPTIONS):
+        (folder / format.file).write_text(json.dumps(format.content))
+    read, content, failed = again(task, kept), true_results(task), []
+    (folder / "results.json").write_text(json.dumps(content))
+    full = read(folder)
+    assert task == "captioning" or next(iter(full.values())) == pytest.approx(100)
+    for seed in seeds:
+        place, value = draw(np.random.default_rng(seed), content)
+        (folder / "results.json").write_text(json.dumps(spoil(content, place, value)))
+        found = attempt(read, folder)
+        if isinstance(found, Exception):
+            item = r"\[\d+\] of \d+|images?\b|\.png|categor" if len(place) > 1 else None
+            why = complaint(found, None, ["results.json", ".png"], item)
+        else:
+            good = all(score is None or 0 <= score <= 100.001 for score in found.values())
+            why = None if good or task == "captioning" else f"scored {found}"
+        if why:
+            failed.append(f"seed {seed}: {place} = {value!r:.80}: {why}")
+    assert not failed, "\n".join([f"{len(failed)} cases", *failed])
