@@ -31,7 +31,7 @@ def check(annotations: Items, sizes: np.ndarray, only: np.ndarray | None = None)
         drawn = [k for k in places[start : start + CHUNK] if type(found[k]) is not dict]
         if not _all_good([found[k] for k in drawn], far[drawn]):
             for k in drawn:
-                found[k], faults = _parts(annotations, k, found[k], far[k])
+                found[k], faults = _parts(annotations, k, found[k], far[k].item())
                 for fault in faults:
                     bad.setdefault(fault, []).append(k)
     for k in places:
