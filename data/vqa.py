@@ -117,7 +117,9 @@ def read_results(path: str | Path, questions: list[Question]) -> dict:
 
     GQA's own has questionId and prediction. Raises ValueError if it answers other questions.
     """
-    rows = Items(path, read_json(path), "results").items
+    if type(rows := read_json(path)) is not list:
+        raise ValueError(f"{path} is not a results file, a list of question_id and answer")
+    rows = Items(path, rows, "results").items
     rows = [{"question_id": row.get("questionId"), "answer": row.get("prediction"), **row} for row in rows]
     rows = Items(path, rows, "results")
     answers = dict(zip(_ids(rows), rows.column("answer", str), strict=True))
