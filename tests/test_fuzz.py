@@ -939,3 +939,136 @@ def test_results_are_scored_or_refused(tmp_path, task, seeds):
         if why:
             failed.append(f"seed {seed}: {place} = {value!r:.80}: {why}")
     assert not failed, "\n".join([f"{len(failed)} cases", *failed])
+
+
+# --- words and marked objects
+
+
+def word(text: str) -> bytes:
+    data = BytesIO()
+    Image.new("RGB", (9, 4), (len(text) * 9, 0, 0)).save(data, "PNG")
+    return data.getvalue()
+
+
+LABELS = ["Box", "two words", "caf\u00e9", "7-up"]
+
+
+def read_words(folder: Path) -> list:
+    """(label, (red of its picture, or None)) of every word, by both ways in."""
+    sets = words.find([str(folder)])
+    stream = words.WordStream({"all": sets}, words.CHARSETS[94], (4, 9), seed=0, skip_bad=True)
+    found = []
+    for item in (words.Words(sets, (4, 9))[i] for i in range(sum(map(len, sets.values())))):
+        if isinstance(item, Exception):
+            assert "\n" not in str(item) and folder.name in str(item), item
+            continue
+        found.append((item[1]["label"], int(item[0][0, 0, 0])))
+    sample = stream[0, None]
+    if isinstance(sample, Exception):
+        raise sample
+    return found
+
+
+@pytest.mark.parametrize("seed", range(1300, 1340))
+def test_listed_words_are_read_or_refused(tmp_path, seed):
+    """What is left of a gt.txt: the words whose line and picture are whole."""
+    rng, folder = np.random.default_rng(seed), tmp_path / "words"
+    folder.mkdir()
+    for k, text in enumerate(LABELS):
+        (folder / f"{k}.png").write_bytes(word(text))
+    data = "".join(f"{k}.png\t{text}\r\n" for k, text in enumerate(LABELS)).encode()
+    data = spoil_bytes(rng, data) if rng.random() < 0.8 else data
+    (folder / "gt.txt").write_bytes(data)
+    if rng.random() < 0.5:
+        (folder / "1.png").write_bytes(word(LABELS[1])[: rng.integers(60)])
+    expected = []
+    for line in data.decode("utf-8-sig", errors="replace").split("\n"):
+        line = line.rstrip("\r")
+        if not line.strip():
+            continue
+        name, tab, label = line.partition("\t")
+        if not tab:
+            expected = ValueError("no TAB")
+            break
+        if re.fullmatch(r"[0-3]\.png", name) and (folder / name).read_bytes() == word(LABELS[int(name[0])]):
+            expected.append((label, len(LABELS[int(name[0])]) * 9))
+    if not expected or isinstance(expected, list) and all(words.unusable(t, words.CHARSETS[94]) for t, _ in expected):
+        expected = attempt(lambda: 1 / 0)
+    assert (why := complaint(attempt(read_words, folder), expected, ["gt.txt", "words", "all:"])) is None, why
+
+
+def write_lmdb(folder: Path, records: dict[bytes, bytes]) -> None:
+    with lmdb.open(str(folder), map_size=1 << 20) as environment, environment.begin(write=True) as batch:
+        for key, value in records.items():
+            batch.put(key, value)
+
+
+@pytest.mark.parametrize("seed", range(1400, 1440))
+def test_lmdb_words_are_read_or_refused(tmp_path, seed):
+    """A record that is missing, doubled or something else, or a file cut off.
+
+    Bytes flipped within the file are left out: liblmdb follows its pointers unchecked, and keeps no checksum.
+    """
+    rng, folder = np.random.default_rng(seed), tmp_path / "words"
+    records = {b"num-samples": b"4"}
+    for k, text in enumerate(LABELS, 1):
+        records |= {b"image-%09d" % k: word(text), b"label-%09d" % k: text.encode()}
+    key, kind = list(records)[rng.integers(len(records))], rng.integers(6)
+    if kind == 0:
+        records.pop(key)
+    elif kind < 4:
+        records[key] = [spoil_bytes(rng, records[key]), b"x", b"-1", b"9" * 30, b"0", b"\xb2"][rng.integers(6)]
+    write_lmdb(folder, records)
+    data = (folder / "data.mdb").read_bytes()
+    if kind == 4:
+        (folder / "data.mdb").write_bytes(data[: rng.integers(len(data))])
+    expected, count = [], records.get(b"num-samples", b"").strip()
+    if kind == 4 or not (count.isdigit() and 0 < int(count)) or int(count) > 4:
+        expected = ValueError("cut off, or no count")
+    elif any(b"label-%09d" % k not in records for k in range(1, int(count) + 1)):
+        expected = ValueError("a label is missing")
+    else:
+        for k in range(1, int(count) + 1):
+            if (picture := records.get(b"image-%09d" % k)) in map(word, LABELS):
+                expected.append((records[b"label-%09d" % k].decode(errors="replace"), len(LABELS[k - 1]) * 9))
+    found = attempt(read_words, folder)
+    if kind in (1, 2, 3) and key.startswith(b"image") and not isinstance(found, Exception):
+        expected = [row for row in expected if row in found] if len(found) == len(expected) + 1 else expected
+        found = [row for row in found if row in expected]  # changed pixels are a picture, too
+    assert (why := complaint(found, expected, ["data.mdb", "words", "all:"])) is None, f"{kind} {key}: {why}"
+
+
+def record(name: str) -> dict:
+    return {"input": "which?\nbox\ndot", "image_str": base64.b64encode(word(name)).decode(), "outputs": name}
+
+
+@pytest.mark.parametrize("seed", range(1500, 1540))
+def test_records_of_marked_objects_are_used_or_counted(tmp_path, seed):
+    rng, path = np.random.default_rng(seed), tmp_path / "train.jsonl"
+    content = [record("box"), record("dot"), record("box")]
+    lines = [json.dumps(line).encode() for line in content]
+    at = int(rng.integers(3))
+    if rng.random() < 0.4:
+        lines[at] = spoil_bytes(rng, lines[at])
+    else:
+        lines[at] = json.dumps(spoil(content, *(((at,), draw(rng, content)[1]) if rng.random() < 0.2 else ((at, *draw(rng, content[at])[0]), "x")))[at]).encode()
+    path.write_bytes(b"\n".join(lines))
+    names = ["box", "dot"]
+    expected = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        try:
+            told = json.loads(line)
+            Image.open(BytesIO(base64.b64decode(told["image_str"], validate=True)))
+            if whole(told["outputs"]).strip() in names:
+                expected.append((number, told["outputs"].strip()))
+        except Exception:
+            continue
+
+    def read(path: Path) -> list:
+        data = goi.Records(path, (4, 4), names)
+        for i in range(len(data)):
+            item = data[i]
+            assert not isinstance(item, Exception) or str(item).startswith(f"{path}:{data.where(i)['line']}: ")
+        return [(data.where(i)["line"], names[label]) for i, label in enumerate(data.labels)]
+
+    assert (why := complaint(attempt(read, path), expected, ["train.jsonl"])) is None, why
