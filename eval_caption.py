@@ -113,9 +113,10 @@ def read(path: str) -> tuple[list[Item], list[str]]:
         raise ValueError(f"{path}: 0 images (of Karpathy's JSON, the test images are read)")
     if bare := [item.id for item in items if not item.references]:
         many = f"{len(bare)} of {len(items)} images"
-        raise ValueError(f"{path}: {many} have no caption, the first is {bare[0]}")
-    if other := [item.domain for item in items if item.domain not in (None, *DOMAINS)]:
-        raise ValueError(f"{path}: domain must be one of {', '.join(DOMAINS)}, got {other[0]!r}")
+        raise ValueError(f"{path}: {many} have no caption, the first is {files.shown(bare[0])}")
+    if other := [item for item in items if item.domain not in (None, *DOMAINS)]:
+        first = f"{files.shown(other[0].domain)} of image {files.shown(other[0].id)}"
+        raise ValueError(f"{path}: domain must be one of {', '.join(DOMAINS)}, got {first}")
     return items, notes
 
 

@@ -70,7 +70,7 @@ def main() -> None:
     ranks.say(*items.notes)
     scorer = scorer_of(args.task)(items, args)
     if args.results:
-        return report([files.read_json(path) for path in args.results], [], variants, scorer, items, args)
+        return report([scorer.read(path) for path in args.results], [], variants, scorer, items, args)
 
     # --- model
     backbone = open_backbone(args, ranks)
@@ -117,7 +117,10 @@ def report(predictions: list, kept: list, variants: list[str], scorer, items, ar
     scores, per_image = {}, {}
     for k, variant in enumerate(variants):
         told = dict(kept=kept[k]) if kept else dict(folder=Path(args.results[k]).with_suffix(""))
-        scores[variant], per_image[variant] = scorer.score(predictions[k], **told)
+        try:
+            scores[variant], per_image[variant] = scorer.score(predictions[k], **told)
+        except ValueError as error:
+            raise ValueError(f"{args.results[k]}: {error}" if args.results else str(error)) from error
     intervals = scorer.intervals(**per_image) if len(variants) == 2 else {}
     n = len(items.image_ids)
     rows = [score_row(args.split, m, scores, intervals.get(m), n) for m in scores[variants[0]]]
@@ -138,7 +141,7 @@ def score_row(split: str, metric: str, scores: dict, interval: tuple | None, n: 
 # --- scoring
 #
 # keep(answer of head.predict, variant) -> what the ranks gather
-# predictions([kept]) -> the same in COCO's format
+# predictions([kept]) -> the same in COCO's format; read(path) -> the same from a file, checked
 # score(predictions, kept or the folder of PNGs) -> {metric: percent}, what each image contributes
 # intervals(before, after), of the latter -> {metric: (low, high) of the difference in percent points}
 
@@ -174,6 +177,11 @@ class AveragePrecision:
 
     def predictions(self, kept: list) -> list[dict]:
         return [result for results in kept for result in results]
+
+    def read(self, path: str) -> list[dict]:
+        from data.validation import read_results
+
+        return read_results(path, self.kind, self.items.truth)
 
     def score(self, predictions: list[dict], kept=None, folder=None) -> tuple[dict, None]:
         from scores.average_precision import average_precision
@@ -229,6 +237,11 @@ class PanopticQuality:
     def predictions(self, kept: list) -> dict:
         return {"annotations": [annotation for annotation, _ in kept], "categories": self.categories}
 
+    def read(self, path: str) -> dict:
+        from data.validation import read_panoptic_results
+
+        return {"annotations": read_panoptic_results(path, self.image_ids)}
+
     def score(self, predictions: dict, kept=None, folder: Path | None = None) -> tuple[dict, np.ndarray]:
         from data.segmentation import read_segments
         from scores.panoptic_quality import panoptic_quality
@@ -261,6 +274,11 @@ class CaptionScores:
 
     def predictions(self, kept: list) -> list[dict]:
         return kept
+
+    def read(self, path: str) -> list[dict]:
+        rows = files.Items(path, files.read_json(path), "results")
+        pairs = zip(rows.ids("image_id"), rows.column("caption", str), strict=True)
+        return [{"image_id": image_id, "caption": caption} for image_id, caption in pairs]
 
     def score(self, predictions: list[dict], kept=None, folder=None) -> tuple[dict, list[float]]:
         from scores.captions import caption_scores

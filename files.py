@@ -105,11 +105,11 @@ class Items:
         if type(items) is not list:
             raise ValueError(f"{path}: no list called {name}")
         if other := [i for i, item in enumerate(items) if type(item) is not dict]:
-            self.refuse(other[0], f"must be an object, got {_shown(items[other[0]])}")
+            self.refuse(other[0], f"must be an object, got {shown(items[other[0]])}")
 
     def where(self, i: int) -> str:
         item = self.items[i] if type(self.items[i]) is dict else {}
-        names = (f" ({key} {_shown(item[key])})" for key in IDS if key in item)
+        names = (f" ({key} {shown(item[key])})" for key in IDS if key in item)
         return f"{self.name}[{i}] of {len(self.items)}{next(names, '')}"
 
     def refuse(self, i: int, why: str) -> NoReturn:
@@ -128,7 +128,7 @@ class Items:
             if key not in self.items[i]:
                 self.refuse(i, f"no field {key}")
             expected = " or ".join(KINDS[kind] for kind in types if not (kind is int and float in types))
-            self.refuse(i, f"{key} must be {expected}, got {_shown(values[i])}")
+            self.refuse(i, f"{key} must be {expected}, got {shown(values[i])}")
         return [self.whole(value) for value in values] if str in types else values
 
     def floats(self, key: str, values: list, places=None) -> np.ndarray:
@@ -153,13 +153,13 @@ class Items:
         ids = self.column(key, int, str)
         for i, value in enumerate(ids):
             if type(value) is not type(ids[0]):
-                self.refuse(i, f"{key} {value!r} beside {ids[0]!r}: write all as numbers, or all as text")
+                self.refuse(i, f"{key} {shown(value)} beside {shown(ids[0])}: write all as numbers, or all as text")
             if type(value) is int and not -(2**63) <= value < 2**63:
-                self.refuse(i, f"{key} {value} has more than 64 bits: write the ids as text")
+                self.refuse(i, f"{key} {shown(value)} has more than 64 bits: write the ids as text")
         if len(set(ids)) < len(ids):
             seen = set()
             i = next(i for i, value in enumerate(ids) if value in seen or seen.add(value))
-            self.refuse(i, f"{key} {ids[i]!r} is there before, at {self.where(ids.index(ids[i]))}")
+            self.refuse(i, f"{key} {shown(ids[i])} is there before, at {self.where(ids.index(ids[i]))}")
         return ids
 
     def refer(self, key: str, place_of: dict, what: str) -> list[int]:
@@ -168,12 +168,13 @@ class Items:
         places = [place_of.get(value, -1) for value in ids]
         if -1 in places:
             i = places.index(-1)
-            known = f"{_shown(next(iter(place_of)))} and the like" if place_of else "none"
-            self.refuse(i, f"unknown {what} id {_shown(ids[i])} (known: {known})")
+            known = f"{shown(next(iter(place_of)))} and the like" if place_of else "none"
+            self.refuse(i, f"unknown {what} id {shown(ids[i])} (known: {known})")
         return places
 
 
-def _shown(value) -> str:
+def shown(value) -> str:
+    """A value of the user's in a message: in quotes if it is text, on one line, not all of a long one."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 

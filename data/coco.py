@@ -17,7 +17,7 @@ from unicodedata import normalize
 
 import numpy as np
 
-from files import Items, expecting, read_json
+from files import Items, expecting, read_json, shown
 
 LISTS = "images", "annotations", "categories"  # of which files of captions have no third
 SQUARE = 1024  # px that segmentation's images are fitted into; the release's, which cuts it to 1022
@@ -28,7 +28,7 @@ class Coco:
     """A file whose images, categories and references are checked; images and categories by rising id.
 
     ids (n,), names n file names, sizes (n, 2) as h, w; rows (N,): the image of each annotation;
-    categories: all that the file says of them
+    categories: all that the file says of them; kinds: the same in its order
     """
 
     path: Path
@@ -36,6 +36,7 @@ class Coco:
     names: list[str]
     sizes: np.ndarray
     categories: list[dict]
+    kinds: Items
     annotations: Items
     rows: np.ndarray
 
@@ -56,7 +57,7 @@ def read(path: str | Path, lists: tuple[str, ...] = LISTS) -> Coco:
         ids, names = images.ids(), images.column("file_name", str)
         sizes = list(zip(images.column("height", int), images.column("width", int), strict=True))
         order = sorted(range(len(ids)), key=ids.__getitem__)
-        kinds = zip(categories.ids(), categories.column("name", str), categories.items, strict=True)
+        known = zip(categories.ids(), categories.column("name", str), categories.items, strict=True)
     for i, (h, w) in enumerate(sizes):
         if not (0 < h < 2**31 and 0 < w < 2**31):
             images.refuse(i, f"width and height must be positive, got {w} x {h}")
@@ -65,7 +66,8 @@ def read(path: str | Path, lists: tuple[str, ...] = LISTS) -> Coco:
         ids=np.array([ids[i] for i in order]) if ids else np.zeros(0, np.int64),
         names=[names[i] for i in order],
         sizes=np.array([sizes[i] for i in order], np.int32).reshape(-1, 2),
-        categories=sorted(({**c, "id": key, "name": name} for key, name, c in kinds), key=lambda c: c["id"]),
+        categories=sorted(({**c, "id": key, "name": name} for key, name, c in known), key=lambda c: c["id"]),
+        kinds=categories,
         annotations=annotations,
         rows=np.array(
             annotations.refer("image_id", {ids[i]: k for k, i in enumerate(order)}, "image"), np.int64
@@ -144,7 +146,7 @@ def boxes(items: Items) -> np.ndarray:
     found = items.column("bbox", list)
     for i, box in enumerate(found):
         if len(box) != 4 or not {int, float}.issuperset(map(type, box)):
-            items.refuse(i, f"bbox must be [x, y, w, h], got {box}")
+            items.refuse(i, f"bbox must be [x, y, w, h], got {shown(box)}")
     return items.floats("bbox", found).reshape(-1, 4)
 
 
@@ -242,10 +244,8 @@ def check_on_disk(path: Path, folder: Path, names: list[str]) -> list[str]:
     top = listed("")[0]
     found = [name if name in top else find(name) for name in names]
     if None in found:
-        absent = names[found.index(None)]
-        raise FileNotFoundError(
-            f"{path}: {found.count(None)} of {len(names)} images not in {folder}: {absent}"
-        )
+        many = f"{found.count(None)} of {len(names)} images"
+        raise FileNotFoundError(f"{path}: {many} not in {folder}: {shown(names[found.index(None)])}")
     return found
 
 

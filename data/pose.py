@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from data.coco import Coco, Objects, annotation_file, check_on_disk, read, read_objects
 from data.stream import Stream
-from files import Items
+from files import shown
 
 PADDING = 1.25  # ViTPose's
 GRID = 16, 12  # patches; ViTPose's. 224 x 168 pixels with patches of 14
@@ -79,13 +79,13 @@ def posed(file: Coco) -> tuple[dict, Objects, np.ndarray]:
     posing = [c for c in file.categories if c.get("keypoints")]
     if len(posing) != 1:
         raise ValueError(f"{file.path}: {len(posing)} categories have keypoints, expected one, person")
-    names = Items(file.path, posing, "categories").column("keypoints", list)[0]
+    names = next(filter(None, file.kinds.column("keypoints", list, default=[])))
     if not {str}.issuperset(map(type, names)) or len(set(names)) < len(names):
         raise ValueError(f"{file.path}: keypoints of category {posing[0]['name']!r} must be unlike names")
     category = {"id": posing[0]["id"], "name": posing[0]["name"], "keypoints": names, "mirror": mirror(names)}
     if "sigmas" in posing[0]:
         category["sigmas"] = posing[0]["sigmas"]
-        check_sigmas(file.path, category["sigmas"], len(names))
+        check_sigmas(f"{file.path}: category {shown(category['name'])}", category["sigmas"], len(names))
     elif len(names) != 17:
         raise ValueError(
             f"{file.path}: category {category['name']!r} has {len(names)} keypoints, and poses are scored by "
@@ -107,14 +107,14 @@ def posed(file: Coco) -> tuple[dict, Objects, np.ndarray]:
     return category, objects, keypoints
 
 
-def check_sigmas(path: Path, sigmas, count: int) -> None:
+def check_sigmas(where: str, sigmas, count: int) -> None:
     if not (
         type(sigmas) is list
         and len(sigmas) == count
         and all(type(sigma) in (int, float) and 0 < sigma < np.inf for sigma in sigmas)
     ):
         raise ValueError(
-            f"{path}: sigmas must be {count} positive numbers, one of each keypoint, got {sigmas}"
+            f"{where}: sigmas must be {count} positive numbers, one of each keypoint, got {shown(sigmas)}"
         )
 
 

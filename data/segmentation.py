@@ -134,19 +134,21 @@ class PanopticSegmentation(Segmentation):
             segments=np.array([s["id"] for s in segments], np.int64),
             notes=[f"{file.path}: {len(rows)} images, {len(segments)} segments, {left_out} crowds left out"],
         )
-        folder = file.path.with_suffix("")
-        maps = check_on_disk(file.path, folder, [a["file_name"] for a in annotated])
-        self.maps, self.annotations = [folder / name for name in maps], (data.labels, data.segments)
+        crowds = ([s["id"] for s in a["segments_info"] if s["iscrowd"]] for a in annotated)
+        self.crowds = {row: ids for row, ids in enumerate(crowds) if ids}
+        self.maps = [file.path.with_suffix("") / a["file_name"] for a in annotated]
+        self.annotations = (data.labels, data.segments)
         return data
 
     def masks(self, row: int) -> Iterator[np.ndarray]:
         ids = read_segments(self.maps[row], tuple(self.sizes[row].tolist()))
         segments = self.data.segments[self.data.first[row] : self.data.first[row + 1]]
-        lost = segments[~np.isin(segments, ids)]
-        if len(lost):
-            raise BadImage(
-                f"{self.maps[row]}: image {self.ids[row]}: no pixel has the id of segment {lost[0]}"
-            )
+        found, told = np.unique(ids), [*segments, *self.crowds.get(row, ())]
+        where = f"{self.maps[row]}: image {self.ids[row]}"
+        if len(lost := np.setdiff1d(told, found)):
+            raise BadImage(f"{where}: no pixel has the id of segment {lost[0]}")
+        if len(strange := np.setdiff1d(found, [0, *told])):
+            raise BadImage(f"{where}: segment {strange[0]} is not in its segments_info")
         return (ids == segment for segment in segments)
 
 
@@ -154,11 +156,12 @@ def read_panoptic(file: Coco) -> list[dict]:
     """A panoptic file's annotations by rising image id: row, image_id, file_name of the PNG, segments_info.
 
     Raises ValueError for two annotations of an image, and for segments that are twice in one, have an unknown
-    category or the id 0, which is void.
+    category or the id 0, which is void; FileNotFoundError for a PNG that is not on disk.
     """
     annotations, categories = file.annotations, {c["id"] for c in file.categories}
     annotations.ids("image_id")
-    pngs, infos = annotations.column("file_name", str), annotations.column("segments_info", list)
+    infos, folder = annotations.column("segments_info", list), file.path.with_suffix("")
+    pngs = check_on_disk(file.path, folder, annotations.column("file_name", str))
     found = []
     for k, row in enumerate(file.rows.tolist()):
         segments = Items(file.path, infos[k], f"{annotations.where(k)}: segments_info")
@@ -180,11 +183,8 @@ def read_panoptic(file: Coco) -> list[dict]:
 
 
 def panoptic_categories(file: Coco) -> list[dict]:
-    things = flags(Items(file.path, file.categories, "categories"), "isthing", default=None)
-    return [
-        {"id": c["id"], "name": c["name"], "isthing": bool(thing)}
-        for c, thing in zip(file.categories, things, strict=True)
-    ]
+    things = dict(zip(file.kinds.ids(), flags(file.kinds, "isthing", default=None).tolist(), strict=True))
+    return [{"id": c["id"], "name": c["name"], "isthing": things[c["id"]]} for c in file.categories]
 
 
 def read_segments(path: str | Path, size: tuple[int, int] = (0, 0)) -> np.ndarray:

@@ -3,13 +3,14 @@
 import argparse
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as TF
 
-from data.coco import LISTS, SQUARE, annotation_file, check_on_disk, read, read_objects
+from data.coco import LISTS, SQUARE, annotation_file, boxes, check_on_disk, read, read_objects
 from data.stream import collate
-from files import BadImage, read_picture
+from files import BadImage, Items, read_json, read_picture, shown
 
 KINDS = {"panoptic": "panoptic", "captioning": "captions"}  # whose annotation file is not instances_*.json
 
@@ -99,3 +100,67 @@ def open_items(task: str, args: argparse.Namespace) -> Dataset:
 
             return PersonBoxes(args.coco, args.split, args.image_scale, args.limit, args.persons)
     return Images(args.coco, task, args.split, args.image_scale, args.limit)
+
+
+# --- predictions that are there already
+
+
+def read_results(path: str | Path, kind: str, truth: dict) -> list[dict]:
+    """COCO's results, as pycocotools may be given them: of each what `kind` needs, and nothing else.
+
+    kind: bbox, segm, keypoints; truth: what they are scored against
+    Raises ValueError naming a result with numbers that are not finite, or of an unknown image or category.
+    """
+    results, images, categories = Items(path, read_json(path), "results"), truth["images"], truth["categories"]
+    rows = results.refer("image_id", {image["id"]: row for row, image in enumerate(images)}, "image")
+    results.refer("category_id", {c["id"]: row for row, c in enumerate(categories)}, "category")
+    scores = results.floats("score", results.column("score", int, float))
+    check_finite(results, "score", scores[:, None])
+    match kind:
+        case "bbox":
+            key, found = "bbox", boxes(results)
+            check_finite(results, "bbox", found)
+            found = found.tolist()
+        case "segm":
+            from data.outlines import check, code
+
+            sizes = np.array([(image["height"], image["width"]) for image in images], np.int32).reshape(-1, 2)
+            key, found = "segmentation", results.column("segmentation", dict)
+            check(results, sizes[rows])
+            found = [code(outline, *sizes[row].tolist()) for outline, row in zip(found, rows, strict=True)]
+        case "keypoints":
+            key, found, n = "keypoints", results.column("keypoints", list), 3 * len(categories[0]["keypoints"])
+            for k, values in enumerate(found):
+                if len(values) != n or not {int, float}.issuperset(map(type, values)):
+                    results.refuse(k, f"keypoints must be {n} numbers, got {shown(values)}")
+            check_finite(results, "keypoints", results.floats("keypoints", found).reshape(-1, n))
+    known = zip(results.items, scores.tolist(), found, strict=True)
+    ids = ("image_id", "category_id")
+    return [{**{k: r[k] for k in ids}, "score": score, key: value} for r, score, value in known]
+
+
+def check_finite(results: Items, key: str, values: np.ndarray) -> None:
+    """values: (N, K), the numbers of each result. float32 must hold them, too."""
+    if (wrong := ~(np.abs(values) < np.finfo(np.float32).max).all(1)).any():
+        k = int(wrong.argmax())
+        results.refuse(k, f"{key} must be finite, got {shown(results.items[k][key])}")
+
+
+def read_panoptic_results(path: str | Path, image_ids: list) -> list[dict]:
+    """The annotations of a panoptic results file in the order of image_ids.
+
+    Raises ValueError naming one that is not one, of an unknown image, or an image without one.
+    """
+    content = read_json(path)
+    found = Items(path, content.get("annotations") if isinstance(content, dict) else None, "annotations")
+    row_of = {image_id: row for row, image_id in enumerate(image_ids)}
+    rows, names = found.refer("image_id", row_of, "image"), found.column("file_name", str)
+    found.ids("image_id")
+    for k, infos in enumerate(found.column("segments_info", list)):
+        segments = Items(path, infos, f"{found.where(k)}: segments_info")
+        segments.column("category_id", int, str)
+        if wrong := [i for i, value in enumerate(segments.ids()) if type(value) is not int or value < 1]:
+            segments.refuse(wrong[0], "id must be a whole number above 0")
+    if absent := sorted(set(range(len(image_ids))) - set(rows)):
+        raise ValueError(f"{path}: {len(absent)} images have no prediction: {shown(image_ids[absent[0]])}")
+    return [{**found.items[k], "file_name": names[k]} for k in np.argsort(rows, kind="stable").tolist()]

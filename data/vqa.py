@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from files import Items, expecting, read_json
+from files import Items, expecting, read_json, shown
 
 HUMANS = 10
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'  # in this order
@@ -60,12 +60,15 @@ def read(kind: str, questions: str, annotations: str | None) -> list[Question]:
             content = read_json(questions)
             keys, items = list(content), Items(questions, list(content.values()), "questions")
             images, texts, answers = (items.column(k, str) for k in ("imageId", "question", "answer"))
+            types = Items(questions, items.column("types", dict, default={}), "types of the questions")
+            kinds = types.column("structural", str, default="other")
             return [
-                Question(key, f"{image}.jpg", text, (answer,), _structure(q))
-                for key, image, text, answer, q in zip(keys, images, texts, answers, items.items, strict=True)
+                Question(key, f"{image}.jpg", text, (answer,), kind or "other")
+                for key, image, text, answer, kind in zip(keys, images, texts, answers, kinds, strict=True)
             ]
     asked, answered = (_lists(p, k) for p, k in ((questions, "questions"), (annotations, "annotations")))
-    subset = asked[0].get("data_subtype", "val2014")
+    if type(subset := asked[0].get("data_subtype", "val2014")) is not str:
+        raise ValueError(f"{questions}: data_subtype must be text, got {shown(subset)}")
     q, a = asked[1], answered[1]
     keys, images, texts = _ids(q), q.column("image_id", int), q.column("question", str)
     place_of = {key: k for k, key in enumerate(_ids(a))}
@@ -76,9 +79,9 @@ def read(kind: str, questions: str, annotations: str | None) -> list[Question]:
     for key, image, text in zip(keys, images, texts, strict=True):
         k = place_of[key]
         if on[k] != image:
-            raise ValueError(f"question {key} is on image {image}, its annotation on {on[k]}")
+            a.refuse(k, f"question {shown(key)} is on image {image}, its annotation on {on[k]}")
         if len(given[k]) != HUMANS:
-            raise ValueError(f"annotation {key} has {len(given[k])} answers, not {HUMANS}")
+            a.refuse(k, f"annotation {shown(key)} has {len(given[k])} answers, not {HUMANS}")
         answers = tuple(Items(annotations, given[k], f"{a.where(k)}: answers").column("answer", str))
         found.append(Question(key, f"COCO_{subset}_{image:012d}.jpg", text, answers, kinds[k]))
     return found
@@ -91,18 +94,13 @@ def _lists(path: str | Path, name: str) -> tuple[dict, Items]:
     return content, Items(path, content.get(name), name)
 
 
-def _structure(question: dict) -> str:
-    return question.get("types", {}).get("structural") or "other"
-
-
 def _ids(items: Items) -> list:
     keys = items.column("question_id", int, str)
     if len(set(keys)) < len(keys):
         key, times = Counter(keys).most_common(1)[0]
         many = len(keys) - len(set(keys))
-        raise ValueError(
-            f"{items.path}: question ids must be unique; {many} are not, {key} is there {times} times"
-        )
+        why = f"question ids must be unique; {many} are not, {shown(key)} is there {times} times"
+        items.refuse(keys.index(key), why)
     return keys
 
 
@@ -110,7 +108,7 @@ def _same(items: dict, others: dict, path: str | Path, other: str | Path) -> Non
     for a, b, a_path, b_path in ((items, others, path, other), (others, items, other, path)):
         if lost := [key for key in a if key not in b]:
             raise ValueError(
-                f"{len(lost)} of {len(a)} questions of {a_path} are not in {b_path}, the first is {lost[0]}"
+                f"{len(lost)} of {len(a)} questions of {a_path} are not in {b_path}, the first is {shown(lost[0])}"
             )
 
 
@@ -119,11 +117,10 @@ def read_results(path: str | Path, questions: list[Question]) -> dict:
 
     GQA's own has questionId and prediction. Raises ValueError if it answers other questions.
     """
-    with expecting(path, "a results file, a list of question_id and answer"):
-        rows = read_json(path)
-        rows = [
-            {"question_id": row.get("questionId"), "answer": row.get("prediction"), **row} for row in rows
-        ]
+    if type(rows := read_json(path)) is not list:
+        raise ValueError(f"{path} is not a results file, a list of question_id and answer")
+    rows = Items(path, rows, "results").items
+    rows = [{"question_id": row.get("questionId"), "answer": row.get("prediction"), **row} for row in rows]
     rows = Items(path, rows, "results")
     answers = dict(zip(_ids(rows), rows.column("answer", str), strict=True))
     _same({q.id: q for q in questions}, answers, "the question set", path)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from data.pictures import locate
 from data.references import read
-from files import expecting, read_json
+from files import expecting, read_json, shown
 
 KNOWN = {  # Table 5's columns, in its order
     "imagenet-a": "ImageNet-A",
@@ -110,10 +110,14 @@ def class_list(name: str, root: Path) -> tuple[dict[str, str], list[str]]:
     with expecting(file, "a names.json"):
         content = read_json(file)
         names, templates = content["names"], content["templates"]
-        good = names and templates and all(isinstance(v, str) and v for v in names.values())
-        good = good and all(t.count("{}") == 1 == t.count("{") for t in templates)
-    if not good:
-        raise ValueError(f"{file}: expected names, {{folder: class name}}, and templates, each with one {{}}")
+        good = names and templates and type(names) is dict and type(templates) is list
+        wrong = [f"{k}: {shown(v)}" for k, v in names.items() if not (isinstance(v, str) and v)]
+        wrong += [shown(t) for t in templates if not (isinstance(t, str) and t.count("{}") == 1 == t.count("{"))]
+    if wrong or not good:
+        found = f", got {wrong[0]}" if wrong else ""
+        raise ValueError(
+            f"{file}: expected names, {{folder: class name}}, and templates, each with one {{}}{found}"
+        )
     return names, templates
 
 

@@ -56,7 +56,7 @@ def spoil(key, value, index=0):
         (
             lambda c: c["images"][0].update(file_name="gone.jpg"),
             FileNotFoundError,
-            "1 of 12 images not in .* gone.jpg",
+            "1 of 12 images not in .* 'gone.jpg'",
         ),
     ],
 )
