@@ -153,7 +153,9 @@ class Items:
         ids = self.column(key, int, str)
         for i, value in enumerate(ids):
             if type(value) is not type(ids[0]):
-                self.refuse(i, f"{key} {shown(value)} beside {shown(ids[0])}: write all as numbers, or all as text")
+                self.refuse(
+                    i, f"{key} {shown(value)} beside {shown(ids[0])}: write all as numbers, or all as text"
+                )
             if type(value) is int and not -(2**63) <= value < 2**63:
                 self.refuse(i, f"{key} {shown(value)} has more than 64 bits: write the ids as text")
         if len(set(ids)) < len(ids):

@@ -111,7 +111,11 @@ def read_results(path: str | Path, kind: str, truth: dict) -> list[dict]:
     kind: bbox, segm, keypoints; truth: what they are scored against
     Raises ValueError naming a result with numbers that are not finite, or of an unknown image or category.
     """
-    results, images, categories = Items(path, read_json(path), "results"), truth["images"], truth["categories"]
+    results, images, categories = (
+        Items(path, read_json(path), "results"),
+        truth["images"],
+        truth["categories"],
+    )
     rows = results.refer("image_id", {image["id"]: row for row, image in enumerate(images)}, "image")
     results.refer("category_id", {c["id"]: row for row, c in enumerate(categories)}, "category")
     scores = results.floats("score", results.column("score", int, float))
@@ -129,7 +133,11 @@ def read_results(path: str | Path, kind: str, truth: dict) -> list[dict]:
             check(results, sizes[rows])
             found = [code(outline, *sizes[row].tolist()) for outline, row in zip(found, rows, strict=True)]
         case "keypoints":
-            key, found, n = "keypoints", results.column("keypoints", list), 3 * len(categories[0]["keypoints"])
+            key, found, n = (
+                "keypoints",
+                results.column("keypoints", list),
+                3 * len(categories[0]["keypoints"]),
+            )
             for k, values in enumerate(found):
                 if len(values) != n or not {int, float}.issuperset(map(type, values)):
                     results.refuse(k, f"keypoints must be {n} numbers, got {shown(values)}")

@@ -108,7 +108,8 @@ def _same(items: dict, others: dict, path: str | Path, other: str | Path) -> Non
     for a, b, a_path, b_path in ((items, others, path, other), (others, items, other, path)):
         if lost := [key for key in a if key not in b]:
             raise ValueError(
-                f"{len(lost)} of {len(a)} questions of {a_path} are not in {b_path}, the first is {shown(lost[0])}"
+                f"{len(lost)} of {len(a)} questions of {a_path} are not in {b_path}, "
+                f"the first is {shown(lost[0])}"
             )
 
 

@@ -112,7 +112,9 @@ def class_list(name: str, root: Path) -> tuple[dict[str, str], list[str]]:
         names, templates = content["names"], content["templates"]
         good = names and templates and type(names) is dict and type(templates) is list
         wrong = [f"{k}: {shown(v)}" for k, v in names.items() if not (isinstance(v, str) and v)]
-        wrong += [shown(t) for t in templates if not (isinstance(t, str) and t.count("{}") == 1 == t.count("{"))]
+        wrong += [
+            shown(t) for t in templates if not (isinstance(t, str) and t.count("{}") == 1 == t.count("{"))
+        ]
     if wrong or not good:
         found = f", got {wrong[0]}" if wrong else ""
         raise ValueError(

@@ -167,24 +167,19 @@ def plain_beam(head, v, width: int) -> tuple[list[int], float]:
 
 
 @torch.no_grad()
-def test_beam_search_is_a_plain_one_and_never_worse_than_greedy(head):
+def test_beam_search_is_a_plain_one(head):
     f = features(B=24, side=14, seed=1)
     y = captions(*[1] * 24)
     greedy, wide = head.predict(f, y, beam=1), head.predict(f, y, beam=5)
     alone = [head.predict(Features(None, f.grid[b : b + 1], None), y[b : b + 1])[0] for b in range(24)]
-    searched = head.search(*head.look(f), beam=5)
-    lost = 0
     for b in range(24):
-        assert wide[b]["log_prob"] >= greedy[b]["log_prob"]
         assert wide[b]["tokens"].tolist() == alone[b]["tokens"].tolist()
         assert wide[b]["attention"].shape == (len(wide[b]["tokens"]), 14, 14)
-        lost += searched[b]["log_prob"] < greedy[b]["log_prob"]
         if b < 4:
             tokens, score = plain_beam(head, pooled(f, b), 5)
-            assert searched[b]["tokens"].tolist() == tokens
-            assert searched[b]["log_prob"] == pytest.approx(score, rel=1e-4)
+            assert wide[b]["tokens"].tolist() == tokens
+            assert wide[b]["log_prob"] == pytest.approx(score, rel=1e-4)
     assert sum(w["log_prob"] > g["log_prob"] + 1e-3 for w, g in zip(wide, greedy, strict=True)) > 3
-    assert lost  # a beam does lose the greedy caption now and then
 
 
 @torch.no_grad()

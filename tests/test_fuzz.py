@@ -1,8 +1,8 @@
 """Small valid files of every kind that is read, each spoilt in one place, drawn from a seed.
 
 Two outcomes are allowed. The reader gives what a few plain lines here (`naive`) compute from the spoilt file:
-nothing is lost but what cannot be used, and nothing else has changed. Or it raises what launch() prints as one
-line, which names the file and, where one item is at fault, the item. What trains and what evaluates agree.
+nothing is lost but what cannot be used, and nothing else has changed. Or it raises what launch() prints as
+one line, which names the file and, where one item is at fault, the item. What trains and what evaluates agree.
 """
 
 import argparse
@@ -11,7 +11,6 @@ import copy
 import json
 import math
 import re
-import shutil
 import signal
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -23,27 +22,39 @@ from typing import NamedTuple
 import lmdb
 import numpy as np
 import pytest
-import safetensors.torch
-import timm
 import torch
 from PIL import Image
 from pycocotools import mask as rle
 
 import eval_caption
 import eval_heads
-import files
-import lora
 import tasks
-import training
 from data import captions, coco, goi, references, validation, vqa, words, zeroshot
-from data.coco import annotation_file
 from ranks import users_error
 from scores.average_precision import average_precision
 
 SPLIT, H, W = "train2017", 48, 64
 SECONDS = 30  # for a case, which takes milliseconds: on a busy machine, too
 DROP, TWICE = "drop it", "put it there twice"
-ODD = [None, True, False, 0, -1, 1, 2, 7, 1.5, 2.0, 2**31, 2**63, 10**400, 1e300, math.nan, math.inf, -math.inf]
+ODD = [
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    2,
+    7,
+    1.5,
+    2.0,
+    2**31,
+    2**63,
+    10**400,
+    1e300,
+    math.nan,
+    math.inf,
+    -math.inf,
+]
 ODD += ["", " ", "1", "7", "box", "a\nb", "a\0b", "\ud83d", "e\u0301", "../x", "x" * 3000]
 ODD += [[], {}, [None], [[]], [1, 2, 3, 4], {"id": 1}, [{}], [[[[1]]]]]
 
@@ -100,7 +111,9 @@ def spoil(content, place: tuple, value):
 
 def spoil_bytes(rng: np.random.Generator, data: bytes) -> bytes:
     at, kind = int(rng.integers(len(data))), rng.integers(5)
-    change = [b"", b"\xef\xbb\xbf" + data, bytes([data[at] ^ 1 << int(rng.integers(8))]), b"\xff\xfe", b"\n"][kind]
+    change = [b"", b"\xef\xbb\xbf" + data, bytes([data[at] ^ 1 << int(rng.integers(8))]), b"\xff\xfe", b"\n"][
+        kind
+    ]
     if kind == 0:
         return data[:at]
     return change if kind == 1 else data[:at] + change + data[at + (kind == 2) :]
@@ -164,7 +177,7 @@ def complaint(found, expected, names: list[str], item: str | None = None) -> str
 
 
 class Reader(NamedTuple):
-    """read(folder) -> a value; naive(content of the file) -> the same, or an error where it must be refused"""
+    """read(folder) -> a value; naive(content of the file) -> the same, or an error where it is refused"""
 
     read: Callable
     naive: Callable
@@ -197,11 +210,19 @@ def trial(format: Format, folder: Path, place: tuple, value, data: bytes | None 
     item = None
     if len(place) > 1 and isinstance(place[1], int):
         item, field = r"\w+\[\d+\] of \d+|images not in|categor(y '|ies have)", place[2:3]
-        if field and field[0] not in ("id", "image_id", "category_id", "cocoid", "width", "height", "file_name"):
+        if field and field[0] not in (
+            "id",
+            "image_id",
+            "category_id",
+            "cocoid",
+            "width",
+            "height",
+            "file_name",
+        ):
             item = rf"{place[0]}\[{place[1]}\] of \d+|category '|ies have"
         item += r"|\.png|questions? |no caption|0 images|domain must be"
     elif place and isinstance(place[0], int):
-        item = rf"\w+\[\d+\] of \d+|questions of"
+        item = r"\w+\[\d+\] of \d+|questions of"
     if place and place[0] in ("templates", "names"):
         item = None
     outcomes = {}
@@ -220,7 +241,11 @@ def trials(format: Format, folder: Path, seeds: range, known: list = ()) -> None
     """All cases of a format; what is said of each that fails."""
     folder.mkdir(exist_ok=True)
     assert trial(format, folder, (), format.content) is None
-    failed = [f"{place} = {value!r:.80}: {why}" for place, value in known if (why := trial(format, folder, place, value))]
+    failed = [
+        f"{place} = {value!r:.80}: {why}"
+        for place, value in known
+        if (why := trial(format, folder, place, value))
+    ]
     for seed in seeds:
         rng = np.random.default_rng(seed)
         if rng.random() < 0.1:
@@ -264,7 +289,11 @@ JOINTS = ["nose", "left_eye", "right_eye"]
 
 
 def instances() -> dict:
-    shapes = [[polygon(2, 3, 20, 10), polygon(2, 13, 20, 20)], polygon(30, 10, 9, 9), runs(rectangle(1, 1, 40, 40))]
+    shapes = [
+        [polygon(2, 3, 20, 10), polygon(2, 13, 20, 20)],
+        polygon(30, 10, 9, 9),
+        runs(rectangle(1, 1, 40, 40)),
+    ]
     shapes.append(compressed(rectangle(16, 12, 32, 24)))
     annotations = [
         {"id": i, "image_id": image, "category_id": 4 if i > 5 else 1, "bbox": box, "iscrowd": 0}
@@ -301,8 +330,12 @@ def panoptic() -> dict:
     annotations = []
     for k, image in enumerate(IMAGES):
         segments = [{"id": 1, "category_id": 4}, {"id": 2, "category_id": 1, "iscrowd": 0}]
-        segments.append({"id": 70_000 + k, "category_id": 4, "iscrowd": int(k == 1), "area": 9, "bbox": [0, 0, 3, 3]})
-        annotations.append({"image_id": image["id"], "file_name": image["file_name"], "segments_info": segments})
+        segments.append(
+            {"id": 70_000 + k, "category_id": 4, "iscrowd": int(k == 1), "area": 9, "bbox": [0, 0, 3, 3]}
+        )
+        annotations.append(
+            {"image_id": image["id"], "file_name": image["file_name"], "segments_info": segments}
+        )
     categories = [{"id": 4, "name": "box", "isthing": 1}, {"id": 1, "name": "sky", "isthing": 0}]
     return {"images": IMAGES, "annotations": annotations, "categories": categories}
 
@@ -312,7 +345,9 @@ TEXTS = ["A red box.", "two boxes, two dots", "a dot", "Nothing at all", "e\u030
 
 def texts() -> dict:
     ids = [7, 7, 3, 12, 12]
-    captions = [{"id": k, "image_id": i, "caption": t} for k, (i, t) in enumerate(zip(ids, TEXTS, strict=True))]
+    captions = [
+        {"id": k, "image_id": i, "caption": t} for k, (i, t) in enumerate(zip(ids, TEXTS, strict=True))
+    ]
     return {"images": IMAGES, "annotations": captions}
 
 
@@ -322,7 +357,9 @@ def write_world(folder: Path) -> Path:
     pngs.mkdir(parents=True)
     (folder / SPLIT).mkdir()
     for name, ids in maps().items():
-        Image.fromarray(np.stack([ids % 256, ids // 256 % 256, ids // 256**2], -1).astype(np.uint8)).save(pngs / name)
+        Image.fromarray(np.stack([ids % 256, ids // 256 % 256, ids // 256**2], -1).astype(np.uint8)).save(
+            pngs / name
+        )
         Image.fromarray(np.full((H, W, 3), 90, np.uint8)).save(folder / SPLIT / name)
     return folder
 
@@ -425,7 +462,9 @@ def naive_objects(content: dict, masks: bool = False, pose: bool = False) -> dic
             if not crowd and any(v > 0 for v in points[2::3]):
                 if a["image_id"] in wrong:
                     raise ValueError("not the picture's size")
-                found.append((a["image_id"], *map(float, np.float32(a["bbox"])), *map(float, np.float32(points))))
+                found.append(
+                    (a["image_id"], *map(float, np.float32(a["bbox"])), *map(float, np.float32(points)))
+                )
         elif not crowd:
             found.append((a["image_id"], whole(category["name"]), *(() if masks else box), shape))
         crowds += crowd
@@ -502,7 +541,9 @@ def naive_segments(content: dict) -> list:
             raise ValueError("not the segments of the PNG")
         for s in a["segments_info"]:
             if not s.get("iscrowd"):
-                found.append((a["image_id"], whole(categories[s["category_id"]]), int((ids == s["id"]).sum())))
+                found.append(
+                    (a["image_id"], whole(categories[s["category_id"]]), int((ids == s["id"]).sum()))
+                )
     return ordered(found)
 
 
@@ -542,7 +583,9 @@ def naive_captions(content: dict) -> list:
     ids = {image["id"]: image for image in content["images"]}
     if any((image["height"], image["width"]) != (H, W) for image in ids.values()):
         raise ValueError("not the picture's size")
-    return ordered((a["image_id"], whole(a["caption"])) for a in content["annotations"] if a["image_id"] in ids or 1 / 0)
+    return ordered(
+        (a["image_id"], whole(a["caption"])) for a in content["annotations"] if a["image_id"] in ids or 1 / 0
+    )
 
 
 def train_captions(folder: Path) -> list:
@@ -572,8 +615,12 @@ DETECTION, SEGMENTATION, PANOPTIC, POSE, CAPTIONS = (
         f"annotations/instances_{SPLIT}.json",
         instances(),
         {
-            "train": Reader(lambda folder: train_objects("segmentation", folder), lambda c: naive_objects(c, True)),
-            "eval": Reader(lambda folder: eval_objects("segmentation", folder), lambda c: naive_objects(c, True)),
+            "train": Reader(
+                lambda folder: train_objects("segmentation", folder), lambda c: naive_objects(c, True)
+            ),
+            "eval": Reader(
+                lambda folder: eval_objects("segmentation", folder), lambda c: naive_objects(c, True)
+            ),
         },
     ),
     Format(
@@ -619,9 +666,21 @@ def test_cocos_files_train_and_evaluate_alike(tmp_path, format, seeds, known):
 
 def karpathy() -> dict:
     images, sentences = [], iter(TEXTS)
-    for k, (split, name) in enumerate((("train", "7.png"), ("restval", "3.png"), ("test", "12.png"), ("val", "x.png"))):
-        told = [{"raw": t, "tokens": captions.tokenize(t), "sentid": k} for t in [next(sentences)] + TEXTS[4:] * (k == 2)]
-        image = {"cocoid": 40 + k, "filepath": SPLIT, "filename": name, "split": split, "imgid": k, "sentences": told}
+    for k, (split, name) in enumerate(
+        (("train", "7.png"), ("restval", "3.png"), ("test", "12.png"), ("val", "x.png"))
+    ):
+        told = [
+            {"raw": t, "tokens": captions.tokenize(t), "sentid": k}
+            for t in [next(sentences)] + TEXTS[4:] * (k == 2)
+        ]
+        image = {
+            "cocoid": 40 + k,
+            "filepath": SPLIT,
+            "filename": name,
+            "split": split,
+            "imgid": k,
+            "sentences": told,
+        }
         images.append(image)
     return {"images": images, "dataset": "coco"}
 
@@ -634,7 +693,13 @@ def naive_karpathy(content: dict, splits: tuple, field: str) -> list:
         if image["split"] in splits:
             told = [s[field] for s in image["sentences"]]
             place = "/".join(filter(None, (image.get("filepath"), image["filename"])))
-            found.append((image[key], whole(place), [whole(t) if field == "raw" else [whole(str(w)) for w in t] for t in told]))
+            found.append(
+                (
+                    image[key],
+                    whole(place),
+                    [whole(t) if field == "raw" else [whole(str(w)) for w in t] for t in told],
+                )
+            )
     if len({str(i) for i, *_ in found}) < len(found):
         raise ValueError("ids that are there twice")
     return ordered(found)
@@ -646,7 +711,11 @@ def naive_training(content: dict) -> list:
     there = {f"{SPLIT}/{image['file_name']}" for image in IMAGES}
     kept = []
     for i, place, told in found:
-        names = [place, f"{SPLIT}/{i:012d}.jpg" if isinstance(i, int) else "", f"{SPLIT}/{place.split('/')[-1]}"]
+        names = [
+            place,
+            f"{SPLIT}/{i:012d}.jpg" if isinstance(i, int) else "",
+            f"{SPLIT}/{place.split('/')[-1]}",
+        ]
         if name := next((name for name in names if name in there), None):
             kept += [(i, name, words) for words in told]
     if not kept and not any(place in there for _, place, _ in found):
@@ -656,7 +725,9 @@ def naive_training(content: dict) -> list:
 
 def train_karpathy(folder: Path) -> list:
     images, sentences, _ = captions.read_karpathy(folder / "dataset_coco.json", folder, SPLIT)
-    return ordered((images[row]["id"], images[row]["name"], tokens) for row, tokens in sentences if row is not None)
+    return ordered(
+        (images[row]["id"], images[row]["name"], tokens) for row, tokens in sentences if row is not None
+    )
 
 
 def read_references(folder: Path) -> list:
@@ -696,7 +767,10 @@ KARPATHY = Format(
 
 
 def lavis() -> list:
-    return [{"image": f"val/{name}", "caption": t} for name, t in (("7.png", TEXTS[0]), ("3.png", TEXTS[1:3]), ("7.png", "two"))]
+    return [
+        {"image": f"val/{name}", "caption": t}
+        for name, t in (("7.png", TEXTS[0]), ("3.png", TEXTS[1:3]), ("7.png", "two"))
+    ]
 
 
 def naive_lavis(content: list) -> list:
@@ -713,7 +787,10 @@ NOCAPS_CONTENT = {**texts(), "images": [{**image, "domain": "in-domain"} for ima
 
 def naive_nocaps(content: dict) -> list:
     found = {image["id"]: (image["id"], whole(image["file_name"]), []) for image in content["images"]}
-    if any(image.get("domain") not in ("in-domain", "near-domain", "out-domain", None) for image in content["images"]):
+    if any(
+        image.get("domain") not in ("in-domain", "near-domain", "out-domain", None)
+        for image in content["images"]
+    ):
         raise ValueError("domain")
     for a in content["annotations"]:
         found[a["image_id"]][2].append(whole(a["caption"]))
@@ -727,14 +804,23 @@ NOCAPS = Format("dataset_coco.json", NOCAPS_CONTENT, {"eval_caption": Reader(rea
 
 def questions() -> dict:
     asked = [(3, 7, "What is it?"), (5, 7, "How many?"), (4, 12, "Where is it?")]
-    return {"questions": [dict(question_id=q, image_id=i, question=t) for q, i, t in asked], "data_subtype": "val2014"}
+    return {
+        "questions": [dict(question_id=q, image_id=i, question=t) for q, i, t in asked],
+        "data_subtype": "val2014",
+    }
 
 
 def annotations() -> dict:
     rows = [(5, 7, "number"), (3, 7, "other"), (4, 12, "yes/no")]
-    answers = [[{"answer": f"{'box' if k < n else 'dot'}", "answer_id": k} for k in range(10)] for n in (3, 10, 7)]
+    answers = [
+        [{"answer": f"{'box' if k < n else 'dot'}", "answer_id": k} for k in range(10)] for n in (3, 10, 7)
+    ]
     keys = ("question_id", "image_id", "answer_type")
-    return {"annotations": [dict(zip(keys, row, strict=True), answers=a) for row, a in zip(rows, answers, strict=True)]}
+    return {
+        "annotations": [
+            dict(zip(keys, row, strict=True), answers=a) for row, a in zip(rows, answers, strict=True)
+        ]
+    }
 
 
 def naive_questions(asked: dict, answered: dict) -> list:
@@ -747,7 +833,15 @@ def naive_questions(asked: dict, answered: dict) -> list:
             raise ValueError("not the same")
         image = f"COCO_{asked.get('data_subtype', 'val2014')}_{q['image_id']:012d}.jpg"
         told = tuple(whole(answer["answer"]) for answer in a["answers"])
-        found.append((q["question_id"], image, whole(q["question"]), told, whole("other" if a.get("answer_type") is None else a["answer_type"])))
+        found.append(
+            (
+                q["question_id"],
+                image,
+                whole(q["question"]),
+                told,
+                whole("other" if a.get("answer_type") is None else a["answer_type"]),
+            )
+        )
     return found
 
 
@@ -766,7 +860,9 @@ QUESTIONS = Format(
     beside=("annotations.json",),
 )
 ANNOTATIONS = Format(
-    "annotations.json", annotations(), {"vqa": Reader(read_questions, lambda c: naive_questions(questions(), c))}
+    "annotations.json",
+    annotations(),
+    {"vqa": Reader(read_questions, lambda c: naive_questions(questions(), c))},
 )
 
 
@@ -794,14 +890,19 @@ ANSWERS = [{"question_id": i, "answer": "box"} for i in (5, 3, 4)]
 
 
 def naive_answers(content: list) -> dict:
-    rows = [(r.get("question_id", r.get("questionId")), whole(r.get("answer", r.get("prediction")))) for r in content]
+    rows = [
+        (r.get("question_id", r.get("questionId")), whole(r.get("answer", r.get("prediction"))))
+        for r in content
+    ]
     if sorted(key for key, _ in rows) != [3, 4, 5]:
         raise ValueError("not the questions")
     return dict(rows)
 
 
 VQA_RESULTS = Format(
-    "results.json", ANSWERS, {"vqa": Reader(lambda f: vqa.read_results(f / "results.json", ASKED), naive_answers)}
+    "results.json",
+    ANSWERS,
+    {"vqa": Reader(lambda f: vqa.read_results(f / "results.json", ASKED), naive_answers)},
 )
 CAPTION_RESULTS = Format(
     "results.json",
@@ -822,7 +923,9 @@ def read_classes(folder: Path) -> list:
         (folder / name).mkdir(exist_ok=True)
         Image.new("RGB", (4, 4)).save(folder / name / "1.png")
     found = zeroshot.open_set("shapes", folder)
-    images = {Path(image).parent.name: found.texts[k] for image, k in zip(found.images, found.target, strict=True)}
+    images = {
+        Path(image).parent.name: found.texts[k] for image, k in zip(found.images, found.target, strict=True)
+    }
     return [sorted(images.items()), found.texts, found.templates]
 
 
@@ -877,7 +980,9 @@ def masks_found() -> list:
 
 def poses_found() -> list:
     known = ("image_id", "category_id", "keypoints")
-    return [{**{k: a[k] for k in known}, "score": 0.9} for a in keypoints()["annotations"] if not a["iscrowd"]]
+    return [
+        {**{k: a[k] for k in known}, "score": 0.9} for a in keypoints()["annotations"] if not a["iscrowd"]
+    ]
 
 
 def segments_found() -> dict:
@@ -911,7 +1016,9 @@ def true_results(task: str) -> dict:
     return {**known, "captioning": captions_found}[task]()
 
 
-@pytest.mark.parametrize("task, seeds", [(task, range(1000 + 50 * k, 1040 + 50 * k)) for k, task in enumerate(tasks.NAMES)])
+@pytest.mark.parametrize(
+    "task, seeds", [(task, range(1000 + 50 * k, 1040 + 50 * k)) for k, task in enumerate(tasks.NAMES)]
+)
 def test_results_are_scored_or_refused(tmp_path, task, seeds):
     """What is accepted scores as the same list given to pycocotools as it is; others are in 0..100."""
     folder, kept = write_world(tmp_path / "coco"), {}
@@ -992,7 +1099,11 @@ def test_listed_words_are_read_or_refused(tmp_path, seed):
             break
         if re.fullmatch(r"[0-3]\.png", name) and (folder / name).read_bytes() == word(LABELS[int(name[0])]):
             expected.append((label, len(LABELS[int(name[0])]) * 9))
-    if not expected or isinstance(expected, list) and all(words.unusable(t, words.CHARSETS[94]) for t, _ in expected):
+    if (
+        not expected
+        or isinstance(expected, list)
+        and all(words.unusable(t, words.CHARSETS[94]) for t, _ in expected)
+    ):
         expected = attempt(lambda: 1 / 0)
     assert (why := complaint(attempt(read_words, folder), expected, ["gt.txt", "words", "all:"])) is None, why
 
@@ -1017,7 +1128,9 @@ def test_lmdb_words_are_read_or_refused(tmp_path, seed):
     if kind == 0:
         records.pop(key)
     elif kind < 4:
-        records[key] = [spoil_bytes(rng, records[key]), b"x", b"-1", b"9" * 30, b"0", b"\xb2"][rng.integers(6)]
+        records[key] = [spoil_bytes(rng, records[key]), b"x", b"-1", b"9" * 30, b"0", b"\xb2"][
+            rng.integers(6)
+        ]
     write_lmdb(folder, records)
     data = (folder / "data.mdb").read_bytes()
     if kind == 4:
@@ -1029,7 +1142,7 @@ def test_lmdb_words_are_read_or_refused(tmp_path, seed):
         expected = ValueError("a label is missing")
     else:
         for k in range(1, int(count) + 1):
-            if (picture := records.get(b"image-%09d" % k)) in map(word, LABELS):
+            if records.get(b"image-%09d" % k) in map(word, LABELS):
                 expected.append((records[b"label-%09d" % k].decode(errors="replace"), len(LABELS[k - 1]) * 9))
     found = attempt(read_words, folder)
     if kind in (1, 2, 3) and key.startswith(b"image") and not isinstance(found, Exception):
@@ -1051,7 +1164,16 @@ def test_records_of_marked_objects_are_used_or_counted(tmp_path, seed):
     if rng.random() < 0.4:
         lines[at] = spoil_bytes(rng, lines[at])
     else:
-        lines[at] = json.dumps(spoil(content, *(((at,), draw(rng, content)[1]) if rng.random() < 0.2 else ((at, *draw(rng, content[at])[0]), "x")))[at]).encode()
+        lines[at] = json.dumps(
+            spoil(
+                content,
+                *(
+                    ((at,), draw(rng, content)[1])
+                    if rng.random() < 0.2
+                    else ((at, *draw(rng, content[at])[0]), "x")
+                ),
+            )[at]
+        ).encode()
     path.write_bytes(b"\n".join(lines))
     names = ["box", "dot"]
     expected = []
@@ -1068,7 +1190,9 @@ def test_records_of_marked_objects_are_used_or_counted(tmp_path, seed):
         data = goi.Records(path, (4, 4), names)
         for i in range(len(data)):
             item = data[i]
-            assert not isinstance(item, Exception) or str(item).startswith(f"{path}:{data.where(i)['line']}: ")
+            assert not isinstance(item, Exception) or str(item).startswith(
+                f"{path}:{data.where(i)['line']}: "
+            )
         return [(data.where(i)["line"], names[label]) for i, label in enumerate(data.labels)]
 
     assert (why := complaint(attempt(read, path), expected, ["train.jsonl"])) is None, why

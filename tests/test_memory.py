@@ -8,9 +8,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import backbone as vit
-import heads
 import lora
-from heads import by_task
+import tasks
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))  # after the root, for lora
 import memory
@@ -89,11 +88,11 @@ def test_the_account_is_the_allocators_peak_of_a_real_run(
     real_coco, tmp_path, run, monkeypatch, task, scale, blocks
 ):
     """Within 10%: stage2_lora.py itself, all that it loads and computes, against shapes alone."""
-    head = by_task.HEADS[task](192, CATEGORIES)
+    head = tasks.find(task).Head(192, CATEGORIES)
     monkeypatch.setattr(
-        by_task, "check_classes", lambda *_: None
+        tasks, "check_classes", lambda *_: None
     )  # those of the data, whatever they are called
-    heads.save(head, tmp_path / f"{task}.safetensors", task)
+    tasks.save_head(head, tmp_path / f"{task}.safetensors", task)
     options = ["--model", "eva_mini", "--weights", "random", "--coco", real_coco, "--image-scale", scale]
     options += ["--heads", tmp_path, "--tasks", task, "--workers", 0, "--iters", 2, "--out", tmp_path / "out"]
     seen, loss = [], type(head).loss
@@ -107,7 +106,7 @@ def test_the_account_is_the_allocators_peak_of_a_real_run(
         code, *_ = run("stage2_lora", *options, "--checkpoint-blocks", blocks)
     assert code == 0 and len(seen) == 2
     monkeypatch.undo()
-    same = dict(blocks=blocks, dtype=torch.float32, tasks=(task,))
+    same = dict(blocks=blocks, dtype=torch.float32, loaded=(task,))
     peaks = [memory.account("eva_mini", task, size=s, targets=n, **same)["peak"] for s, n in seen]
     assert max(peaks) == pytest.approx(allocator_peak(real), rel=0.1)
 
@@ -115,7 +114,7 @@ def test_the_account_is_the_allocators_peak_of_a_real_run(
 def test_the_memory_of_a_step_does_not_know_how_many_heads_were_trained_before():
     """A head that has no turn costs its weights; more ranks, less of AdamW's state; nothing else changes."""
     same = dict(model="eva_mini", task="detection", size=(112, 112), dtype=torch.float32)
-    one = memory.account(**same, tasks=("detection",))
+    one = memory.account(**same, loaded=("detection",))
     three = memory.account(**same, world=4)
     assert three["T"] > 2 * one["T"]
     assert three["peak"] - three["T"] - three["trained"] == one["peak"] - one["T"] - one["trained"]
