@@ -1,10 +1,10 @@
 """A made-up world in the real file formats: scenes with all of COCO's annotations, words, classes, boxes.
 
-    python demo/world.py OUT --train 400 --val 210 --words 2000 --size 112
+    python demo/world.py OUT --train 400 --val 1008 --words 2000 --size 112
 
     OUT/coco/{train,val}2017/*.jpg
     OUT/coco/annotations/...                 instances, person_keypoints, captions, panoptic
-    OUT/coco/dataset_coco.json               Karpathy's splits of them, for retrieval
+    OUT/coco/dataset_coco.json, ..._2.json   Karpathy's splits of them, for retrieval in galleries of 200
     OUT/words/train, OUT/words/test/SET      LMDBs in clovaai's layout
     OUT/shapes/VARIANT/CLASS/*.jpg           class folders, with names.json
     OUT/goi/{train,val}.jsonl                M3IT's coco-goi: what is in the red rectangle?
@@ -37,6 +37,7 @@ from pycocotools import mask as rle
 
 PAPER, PENCIL, PALE = 246, (60, 60, 64), 0.25  # of sketches: PALE is the part of a colour that is seen
 NOISE = 60  # standard deviation in the noisy pictures
+GALLERY = 200  # test pictures of each of Karpathy's files
 FINE = 2  # pictures are drawn at twice their size and averaged
 
 COLORS = {
@@ -756,8 +757,8 @@ def write(
     return [(image, told) for image, _, _, told in drawn]
 
 
-def write_karpathy(out: Path, splits: dict[str, tuple[str, list]]) -> None:
-    """dataset_coco.json of {split: (folder, images and captions)}."""
+def write_karpathy(path: Path, splits: dict[str, tuple[str, list]]) -> None:
+    """Karpathy's dataset_coco.json of {split: (folder, images and captions)}."""
     images, sentid = [], 0
     for split, (folder, rows) in splits.items():
         for image, told in rows:
@@ -772,7 +773,7 @@ def write_karpathy(out: Path, splits: dict[str, tuple[str, list]]) -> None:
                 "cocoid": image["id"], "split": split,
                 "sentids": [e["sentid"] for e in entries], "sentences": entries,
             })  # fmt: skip
-    (out / "dataset_coco.json").write_text(json.dumps({"images": images, "dataset": "coco"}))
+    path.write_text(json.dumps({"images": images, "dataset": "coco"}))
 
 
 def encode(picture: Image.Image) -> bytes:
@@ -842,9 +843,11 @@ def write_world(out: Path, train: int, val: int, words: int, size: int, seed: in
     coco = out / "coco"
     trained = write(coco, "train2017", train, size, seed)
     held_out = write(coco, "val2017", val, size, seed + 1, first_id=train + 1)
-    half = len(held_out) // 2
-    splits = {"train": ("train2017", trained), "val": ("val2017", held_out[:half])}
-    write_karpathy(coco, {**splits, "test": ("val2017", held_out[half:])})
+    n = min(GALLERY, -(-val // 2))
+    for k in range(max(1, val // GALLERY)):
+        test, rest = held_out[k * n : (k + 1) * n], held_out[: k * n] + held_out[(k + 1) * n :]
+        splits = {"train": ("train2017", trained), "val": ("val2017", rest), "test": ("val2017", test)}
+        write_karpathy(coco / f"dataset_coco{f'_{k + 1}' if k else ''}.json", splits)
     write_words(out / "words" / "train", "plain", words, seed + 2)
     for k, kind in enumerate(WORD_SETS):
         write_words(out / "words" / "test" / kind, kind, val, seed + 3 + k)
@@ -860,7 +863,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("out", type=Path, help="folder to make; it must not exist")
     p.add_argument("--train", type=int, default=400, help="training scenes, and as many pictures to ground")
-    p.add_argument("--val", type=int, default=210, help="validation scenes, and pictures in every test set")
+    p.add_argument("--val", type=int, default=1008, help="validation scenes, and pictures in every test set")
     p.add_argument("--words", type=int, default=2000, help="training words")
     p.add_argument("--size", type=int, default=112, help="longest side of a scene in pixels")
     p.add_argument("--seed", type=int, default=0)
