@@ -55,12 +55,8 @@ SKELETON = [
     [16, 14], [14, 12], [17, 15], [15, 13], [12, 13], [6, 12], [7, 13], [6, 7], [6, 8], [7, 9],
     [8, 10], [9, 11], [2, 3], [1, 2], [1, 3], [2, 4], [3, 5], [4, 6], [5, 7],
 ]  # fmt: skip
-TEMPLATES = (
-    "a picture of a {}",
-    "a photo of a {}",
-    "an image of a {}",
-    "a {}",
-)  # pretraining has no full stop
+# Like the texts of pretraining, which have no full stop
+TEMPLATES = ("a picture of a {}", "a photo of a {}", "an image of a {}", "a {}")
 VARIANTS = ("plain", "sketch", "rotated", "noisy")
 WORD_SETS = ("plain", "fonts", "blur", "curved", "clutter", "unseen")
 COMMON = (  # what four signs in five say, and all words but the made-up ones of `unseen`
@@ -212,15 +208,12 @@ def surface(rng: np.random.Generator, name: str, h: int, w: int, unit: float) ->
         light = np.where(mortar, 65, rng.normal(0, 5, (h, w)))
     else:
         plank = np.floor(x / unit)
-        light = (
-            14 * smooth_noise(rng, h, w, 3, w // 2 + 1) + 16 * np.sin(7 * plank) - 45 * (x / unit % 1 < 0.08)
-        )
+        grain = 14 * smooth_noise(rng, h, w, 3, w // 2 + 1)
+        light = grain + 16 * np.sin(7 * plank) - 45 * (x / unit % 1 < 0.08)
     return np.array(base) + rng.normal(0, 9, 3) + light[..., None]
 
 
-def background(
-    rng: np.random.Generator, h: int, w: int, unit: float
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def background(rng: np.random.Generator, h: int, w: int, unit: float) -> tuple[np.ndarray, dict]:
     """(h, w, 3) uint8, and the (h, w) bool region of each stuff: one, or a wall above a ground."""
     ground, wall = str(rng.choice(GROUNDS)), str(rng.choice(WALLS))
     whole = np.ones((h, w), bool)
@@ -236,10 +229,8 @@ def background(
 
 def pattern(rng, thing: Thing, fill: tuple, center, radius: float) -> tuple[Image.Image, list[int]]:
     """A picture of the thing's texture that is larger than the thing, and its corner in the fine picture."""
-    side, corner = (
-        math.ceil(2.6 * FINE * radius),
-        np.floor(FINE * (center - 1.3 * radius)).astype(int).tolist(),
-    )
+    side = math.ceil(2.6 * FINE * radius)
+    corner = np.floor(FINE * (center - 1.3 * radius)).astype(int).tolist()
     period, slant = FINE * max(3.0, radius * 0.5), rng.uniform(0, math.pi)
     x, y = np.arange(side)[None] / period, np.arange(side)[:, None] / period
     u, v = math.cos(slant) * x + math.sin(slant) * y, math.cos(slant) * y - math.sin(slant) * x
@@ -402,13 +393,9 @@ def person(pen: Pen) -> None:
         points[3 + k] = head + height * np.array([0.075 * s, 0])
         points[5 + k] = at(0.11 * s, 0.22)
         points[11 + k] = at(0.07 * s, 0.54)
-        for joint, length, angle in (
-            (5, 0.16, swing[k, 0]),
-            (7, 0.15, swing[k, 0] + 0.7 * swing[k, 1] - 0.3),
-        ):
-            reach = np.array([s * math.sin(angle), math.cos(angle)])
-            points[joint + 2 + k] = points[joint + k] + height * length * reach
-        for joint, length, angle in ((11, 0.22, spread[k, 0]), (13, 0.22, spread[k, 0] - 0.5 * spread[k, 1])):
+        arms = (5, 0.16, swing[k, 0]), (7, 0.15, swing[k, 0] + 0.7 * swing[k, 1] - 0.3)
+        legs = (11, 0.22, spread[k, 0]), (13, 0.22, spread[k, 0] - 0.5 * spread[k, 1])
+        for joint, length, angle in (*arms, *legs):
             reach = np.array([s * math.sin(angle), math.cos(angle)])
             points[joint + 2 + k] = points[joint + k] + height * length * reach
     skin = tuple(rng.choice([(240, 200, 170), (190, 140, 105), (120, 80, 55)]).tolist())
@@ -455,26 +442,8 @@ def sign(pen: Pen) -> None:
     pen.canvas.draw.text((FINE * (center - half + 2.5) - (x0, y0)).tolist(), text, fill=ink, font=face)
 
 
-DRAW = {
-    function.__name__: function
-    for function in (
-        person,
-        sign,
-        circle,
-        bolt,
-        house,
-        tree,
-        car,
-        fish,
-        flower,
-        cup,
-        clock,
-        ladder,
-        umbrella,
-        mushroom,
-    )
-}
-THINGS = tuple(DRAW)
+DRAW = (person, sign, circle, bolt, house, tree, car, fish, flower, cup, clock, ladder, umbrella, mushroom)
+THINGS = tuple(draw.__name__ for draw in DRAW)
 TEXTURED = ("circle", "bolt", "cup", "umbrella")
 THING_IDS = {name: i for i, name in enumerate(THINGS, 1)}
 STUFF_IDS = {name: i for i, name in enumerate(STUFF, 101)}
@@ -488,7 +457,7 @@ def add(rng, canvas: Canvas, thing: Thing, center, radius: float) -> None:
     fill = shade(rng, thing.color)
     if thing.texture != "plain" and not canvas.sketched:
         fill = pattern(rng, thing, fill, center, radius)
-    DRAW[thing.name](Pen(rng, canvas, thing, center, radius, turn, fill))
+    DRAW[THINGS.index(thing.name)](Pen(rng, canvas, thing, center, radius, turn, fill))
 
 
 def any_thing(rng: np.random.Generator) -> Thing:
@@ -531,12 +500,9 @@ def scene(rng: np.random.Generator, size: int) -> Scene:
 # --- words
 
 
-def word_picture(rng: np.random.Generator, kind: str, known: list[str] = COMMON) -> tuple[Image.Image, str]:
-    """A word as it is cropped from a picture, and its letters. kind: one of WORD_SETS; `plain` trains.
-
-    known: the words that it may be
-    """
-    told = str(rng.choice(known)) if rng.random() < 0.9 else "".join(map(str, rng.integers(0, 10, 4)))
+def word_picture(rng: np.random.Generator, kind: str) -> tuple[Image.Image, str]:
+    """A word as it is cropped from a picture, and its letters. kind: one of WORD_SETS; `plain` trains."""
+    told = str(rng.choice(COMMON)) if rng.random() < 0.9 else "".join(map(str, rng.integers(0, 10, 4)))
     text = made_up(rng) if kind == "unseen" else told
     text = str(rng.choice([text, text.upper(), text.capitalize()]))
     face = font(str(rng.choice(UNSEEN if kind == "fonts" else SEEN)), int(rng.integers(22, 30)))
@@ -602,9 +568,7 @@ def sentences(rng: np.random.Generator, scene: Scene) -> list[str]:
     if len(things) > 1:
         told.append(related(rng, things))
     named = Counter(thing.name for thing in things)
-    counts = [
-        f"{NUMBERS[n]} {plural(name)}" if n > 1 else with_article(name) for name, n in named.most_common(3)
-    ]
+    counts = [plural(name, n) if n > 1 else with_article(name) for name, n in named.most_common(3)]
     told.append(" and ".join(filter(None, (", ".join(counts[:-1]), *counts[-1:]))) or " and ".join(stuff))
     while len(told) < 5:
         phrases = [read(rng, thing) for thing in rng.permutation(things)[:2]] or stuff
@@ -617,11 +581,9 @@ def read(rng: np.random.Generator, thing: Thing) -> str:
     return f"{thing.phrase} that says {thing.word}" if thing.word and rng.random() < 0.5 else thing.phrase
 
 
-NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
-
-
-def plural(name: str) -> str:
-    return {"person": "people", "fish": "fish"}.get(name, f"{name}s")
+def plural(name: str, count: int) -> str:
+    number = ("two", "three", "four", "five", "six", "seven", "eight")[count - 2]
+    return f"{number} {name if name == 'fish' else 'people' if name == 'person' else f'{name}s'}"
 
 
 def related(rng: np.random.Generator, things: list[Thing]) -> str:
@@ -648,9 +610,7 @@ def polygons(mask: np.ndarray, box: tuple[int, int, int, int]) -> list[list[floa
     x0, y0, x1, y1 = box
     padded = np.pad(mask[y0:y1, x0:x1], 1).astype(np.float32)
     lines = contourpy.contour_generator(z=padded, fill_type="OuterOffset").filled(0.5, 2.0)
-    outer = [
-        points[: ends[1] - 1] for points, ends in zip(*lines, strict=True)
-    ]  # its last point is its first
+    outer = [xy[: ends[1] - 1] for xy, ends in zip(*lines, strict=True)]  # its last point is its first
     return [(line + (x0 - 0.5, y0 - 0.5)).round(1).flatten().tolist() for line in outer if len(line) > 2]
 
 
