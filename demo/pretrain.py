@@ -35,6 +35,7 @@ from demo import world  # noqa: E402
 
 SIDE, CONTEXT = 128, 24  # pictures are kept a little larger than the model's 112 px, to crop from
 SENTENCES = 4  # per picture; one is drawn at each visit
+SAID = ("{}", "the word {}", "a sign that says {}")
 PREFIXES = ("", "", "a picture of ", "a photo of ", "an image of ")
 
 
@@ -77,7 +78,7 @@ def sample(index: int, seed: int, things: float, words: float, marked: float, ba
     kind = str(rng.choice(["scene", "thing", "word", "marked"], p=[rest, things, words, marked]))
     if kind == "word":
         picture, text = word(rng)
-        texts = [f"{rng.choice(['', 'the word ', 'a sign that says '])}{text}" for _ in range(SENTENCES)]
+        texts = [str(rng.choice(SAID)).format(text) for _ in range(SENTENCES)]
     elif kind == "thing":
         picture, thing = world.thing_picture((seed, 2, index), "plain")
         texts = [sentence(rng, [thing], [], bare) for _ in range(SENTENCES)]
@@ -142,7 +143,7 @@ def save(model: torch.nn.Module, path: Path, tokens: Tensor) -> None:
 class Test:
     """Zero-shot top-1 of all things' names, on `count` pictures of each kind, and of the words on signs."""
 
-    def __init__(self, preprocess, seed: int, count: int = 210):
+    def __init__(self, preprocess, seed: int, count: int):
         keys = [(seed, i) for i in range(count)]
         drawn = {variant: [world.thing_picture(key, variant) for key in keys] for variant in world.VARIANTS}
         sign, n = world.THINGS.index("sign"), len(world.THINGS)
@@ -157,9 +158,8 @@ class Test:
     @torch.no_grad()
     def __call__(self, model: torch.nn.Module) -> dict[str, float]:
         tokenize, scores = open_clip.get_tokenizer("eva_mini_clip"), {}
-        said = ["a sign that says {}", "the word {}", "{}"]
         names = open_clip.build_zero_shot_classifier(model, tokenize, world.THINGS, world.TEMPLATES)
-        words = open_clip.build_zero_shot_classifier(model, tokenize, world.COMMON, said)
+        words = open_clip.build_zero_shot_classifier(model, tokenize, world.COMMON, SAID)
         for kind, images in self.images.items():
             f = image_features(model, images)
             right = (f @ (words if kind == "words" else names)).argmax(1) == self.labels[kind]
@@ -216,6 +216,7 @@ def main() -> None:
     p.add_argument(
         "--save-every", type=int, default=100, help="steps between checkpoints and lines of log.jsonl"
     )
+    p.add_argument("--tests", type=int, default=210, help="pictures of each kind that log.jsonl scores")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--resume", action="store_true", help="go on with the run in --out")
     args = p.parse_args()
@@ -250,7 +251,7 @@ def main() -> None:
     # --- data
     mix = {name: getattr(args, name) for name in ("seed", "things", "words", "marked", "bare")}
     pictures, tokens = draw(args.out, args.pictures, **mix)
-    test = Test(preprocess, args.seed + 1)
+    test = Test(preprocess, args.seed + 1, args.tests)
 
     # --- optimizer
     plain = [q for q in model.parameters() if q.ndim < 2 or q is model.token_embedding.weight]
