@@ -545,7 +545,7 @@ def thing_picture(key: tuple[int, ...], variant: str) -> tuple[Image.Image, Thin
     thing = Thing(name, other.color, str(rng.choice(TEXTURES, p=TEXTURE_P)) if name in TEXTURED else "plain")
     pixels, _ = background(rng, side, side, 0.16 * side)
     if variant == "sketch":
-        pixels = np.full_like(pixels, PAPER)
+        pixels = (PAPER + PALE * (pixels - float(PAPER))).astype(np.uint8)
     canvas = Canvas(pixels, sketched=variant == "sketch")
     add(rng, canvas, thing, rng.uniform(0.4, 0.6, 2) * side, rng.uniform(0.2, 0.34) * side)
     image = canvas.finish()[0]
