@@ -35,8 +35,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from pycocotools import mask as rle
 
-PAPER, PENCIL, PALE = 246, (60, 60, 64), 0.25  # of sketches: PALE is the part of a colour that is seen
-NOISE = 60  # standard deviation in the noisy pictures
+PAPER, PENCIL, PALE = 246, (60, 60, 64), 0.7  # of sketches: PALE is the part of a colour that is seen
+NOISE = 45  # standard deviation in the noisy pictures
+TURN = (80, 120)  # degrees to either side in the pictures that are turned
 GALLERY = 200  # test pictures of each of Karpathy's files
 FINE = 2  # pictures are drawn at twice their size and averaged
 
@@ -550,7 +551,8 @@ def thing_picture(key: tuple[int, ...], variant: str) -> tuple[Image.Image, Thin
     add(rng, canvas, thing, rng.uniform(0.4, 0.6, 2) * side, rng.uniform(0.2, 0.34) * side)
     image = canvas.finish()[0]
     if variant == "rotated":
-        image = image.rotate(float(rng.uniform(90, 270)), Image.Resampling.BICUBIC, fillcolor=(128, 128, 128))
+        angle = float(rng.uniform(*TURN)) * float(rng.choice((-1, 1)))
+        image = image.rotate(angle, Image.Resampling.BICUBIC, fillcolor=(128, 128, 128))
     if variant == "noisy":
         image = np.asarray(image).astype(np.float32) * 0.6 + 50 + rng.normal(0, NOISE, (side, side, 3))
         image = Image.fromarray(image.clip(0, 255).astype(np.uint8))
