@@ -177,8 +177,9 @@ def told_of(main: list[dict]) -> list[tuple[tuple, str]]:
 def log_block() -> list[str]:
     lines = [json.loads(line) for line in LOG.read_text().splitlines()]
     shown = [line for k, line in enumerate(lines) if (k + 1) % 5 == 0 or k + 1 == len(lines)]
-    rows = [[str(r["step"]), f"{r['loss']:.2f}", f"{100 * r['zero_shot']:.1f}"] for r in shown]
-    return table(["step", "loss", "zero-shot, % of 210"], rows)
+    kinds = ("plain", "sketch", "rotated", "noisy", "words")
+    rows = [[str(r["step"]), f"{r['loss']:.2f}", *(f"{r[kind]:.1f}" for kind in kinds)] for r in shown]
+    return table(["step", "loss", *kinds], rows)
 
 
 def knows_block(main: list[dict]) -> list[str]:

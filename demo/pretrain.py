@@ -4,7 +4,8 @@
 
 Model, tokenizer and loss are open_clip's; the configuration is demo/eva_mini_clip.json. As in CLIP, a picture
 comes with a sentence that names a part of what it shows and says nothing of where: what is fine-grained stays
-under-trained. Patches are dropped (FLIP, arXiv 2212.00794) until the learning rate decays.
+under-trained. Pictures are scenes, single things, words, and, as the web has them too, scenes with one thing
+in a red rectangle. Patches are dropped (FLIP, arXiv 2212.00794) until the learning rate decays.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from timm.layers import PatchDropoutWithIndices
 from torch import Tensor
+from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -33,6 +35,7 @@ from ranks import launch  # noqa: E402
 
 SIDE, CONTEXT = 128, 24  # pictures are kept a little larger than the model's 112 px, to crop from
 SENTENCES = 4  # per picture; one is drawn at each visit
+SAID = ("{}", "the word {}", "a sign that says {}")
 PREFIXES = ("", "", "a picture of ", "a photo of ", "an image of ")
 
 
@@ -43,9 +46,9 @@ def sentence(rng: np.random.Generator, things: list, stuff: list[str], bare: flo
     for i in named:
         thing, short = things[i], rng.random()
         if thing.name == "sign" and short < 0.6:
-            parts.append(f'a sign that says "{thing.word}"')
+            parts.append(f"a sign that says {thing.word}")
         elif short < bare:
-            parts.append(f"{'an' if thing.name[0] in 'aeiou' else 'a'} {thing.name}")
+            parts.append(world.with_article(thing.name))
         else:
             parts.append(thing.phrase if short < 0.8 else thing.phrase.replace(f" {thing.texture} ", " "))
     text = " and ".join(parts) or str(rng.choice(stuff))
@@ -54,20 +57,41 @@ def sentence(rng: np.random.Generator, things: list, stuff: list[str], bare: flo
     return text
 
 
-def sample(index: int, seed: int, things: float, bare: float) -> tuple[np.ndarray, list[str]]:
-    """(SIDE, SIDE, 3) uint8 and SENTENCES: of a scene, one thing before something, or a word alone."""
+def word(rng: np.random.Generator) -> tuple[Image.Image, str]:
+    """A word that fills most of a picture, more or less stretched, before something."""
+    cropped, text = world.word_picture(rng, "plain")
+    w = int(SIDE * rng.uniform(0.8, 1))
+    h = int(w * rng.uniform(0.35, 0.9))
+    picture = Image.fromarray(world.background(rng, SIDE, SIDE, 20)[0])
+    corner = rng.integers(0, (SIDE - w + 1, SIDE - h + 1)).tolist()
+    picture.paste(cropped.resize((w, h), Image.Resampling.BICUBIC), corner)
+    return picture, text.lower()
+
+
+def sample(index: int, seed: int, things: float, words: float, marked: float, bare: float) -> tuple:
+    """(SIDE, SIDE, 3) uint8 and SENTENCES: of a scene, one thing before something, a word, or a marked thing.
+
+    things, words, marked: parts of the pictures; the rest are scenes
+    """
     rng = np.random.default_rng((seed, 1, index))
-    kind = str(rng.choice(["scene", "thing", "word"], p=[0.8 - things, things, 0.2]))
+    rest = 1 - things - words - marked
+    kind = str(rng.choice(["scene", "thing", "word", "marked"], p=[rest, things, words, marked]))
     if kind == "word":
-        picture, text = world.word_picture(rng, "plain", tuple(world.LEXICON))
-        texts = [f"{rng.choice(['', 'the word '])}{text}" for _ in range(SENTENCES)]
+        picture, text = word(rng)
+        texts = [str(rng.choice(SAID)).format(text) for _ in range(SENTENCES)]
     elif kind == "thing":
-        picture, thing = world.shape_picture((seed, 2, index), "plain")
+        picture, thing = world.thing_picture((seed, 2, index), "plain")
         texts = [sentence(rng, [thing], [], bare) for _ in range(SENTENCES)]
     else:
         scene = world.scene(rng, int(SIDE * rng.uniform(0.9, 1.2)))
-        picture = scene.image
-        texts = [sentence(rng, scene.things, list(scene.stuff)) for _ in range(SENTENCES)]
+        while kind == "marked" and len(scene.things) < 2:
+            scene = world.scene(rng, SIDE)
+        picture, named, stuff = scene.image, scene.things, list(scene.stuff)
+        if kind == "marked":
+            named, stuff = [scene.things[rng.integers(len(scene.things))]], []
+            world.mark(picture, named[0])
+        texts = [sentence(rng, named, stuff, 0.2 if stuff else bare) for _ in range(SENTENCES)]
+        texts = [f"{text} marked in red" if kind == "marked" else text for text in texts]
     picture = picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     return np.asarray(picture), [f"{rng.choice(PREFIXES)}{text}" for text in texts]
 
@@ -116,15 +140,49 @@ def save(model: torch.nn.Module, path: Path, tokens: Tensor) -> None:
     part.replace(path)
 
 
-@torch.no_grad()
-def accuracy(model: torch.nn.Module, preprocess, seed: int) -> float:
-    """Zero-shot top-1 over the names of all things, on pictures of one thing each."""
-    pictures, things = zip(*(world.shape_picture((seed, i), "plain") for i in range(210)), strict=True)
-    tokenize = open_clip.get_tokenizer("eva_mini_clip")
-    classifier = open_clip.build_zero_shot_classifier(model, tokenize, world.THINGS, world.TEMPLATES)
-    f = model.encode_image(torch.stack([preprocess(p) for p in pictures]), normalize=True)
-    labels = torch.tensor([world.THINGS.index(thing.name) for thing in things])
-    return float(((f @ classifier).argmax(1) == labels).float().mean())
+class Test:
+    """Zero-shot top-1 of all things' names, on `count` pictures of each kind, and of the words on signs."""
+
+    def __init__(self, preprocess, seed: int, count: int):
+        keys = [(seed, i) for i in range(count)]
+        drawn = {variant: [world.thing_picture(key, variant) for key in keys] for variant in world.VARIANTS}
+        sign, n = world.THINGS.index("sign"), len(world.THINGS)
+        signs = [world.thing_picture((seed, 1, sign + n * i), "plain") for i in range(2 * count)]
+        drawn["words"] = [(p, thing) for p, thing in signs if thing.word in world.COMMON][:count]
+        self.images = {k: torch.stack([preprocess(p) for p, _ in pairs]) for k, pairs in drawn.items()}
+        self.labels = {}
+        for kind, pairs in drawn.items():
+            labels = [(t.word, world.COMMON) if kind == "words" else (t.name, world.THINGS) for _, t in pairs]
+            self.labels[kind] = torch.tensor([names.index(name) for name, names in labels])
+
+    @torch.no_grad()
+    def __call__(self, model: torch.nn.Module) -> dict[str, float]:
+        tokenize, scores = open_clip.get_tokenizer("eva_mini_clip"), {}
+        names = open_clip.build_zero_shot_classifier(model, tokenize, world.THINGS, world.TEMPLATES)
+        words = open_clip.build_zero_shot_classifier(model, tokenize, world.COMMON, SAID)
+        for kind, images in self.images.items():
+            f = image_features(model, images)
+            right = (f @ (words if kind == "words" else names)).argmax(1) == self.labels[kind]
+            scores[kind] = round(100 * float(right.float().mean()), 1)
+        return scores
+
+
+class Patches(torch.nn.Conv2d):
+    """The patch embedding as one product: the gradient of a CPU's convolution is slow."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        (B, C, h, w), p = x.shape, self.kernel_size[0]
+        x = x.reshape(B, C, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).flatten(3)  # (B, H, W, C p p)
+        return F.linear(x, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+def image_features(model: torch.nn.Module, images: Tensor) -> Tensor:
+    """(B, embed_dim), in bf16 where the CPU has it; elsewhere that is slower than fp32 by far."""
+    weights = dict([*model.visual.named_parameters(), *model.visual.named_buffers()])
+    can = torch.cpu.get_capabilities()
+    if any(can.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")):
+        images, weights = images.bfloat16(), {name: w.bfloat16() for name, w in weights.items()}
+    return functional_call(model.visual, weights, images).float()
 
 
 def main() -> None:
@@ -134,9 +192,11 @@ def main() -> None:
         "--out", type=Path, default=Path("out/pretrain"), help="folder for all that this run writes"
     )
     p.add_argument("--weights", type=Path, metavar="FILE", help="go on from this model (default: from none)")
-    p.add_argument("--pictures", type=int, default=32_000, help="how many different ones there are")
-    p.add_argument("--things", type=float, default=0.45, help="part of them that show one thing (words: 0.2)")
-    p.add_argument("--bare", type=float, default=0.5, help="part of these called by their name alone")
+    p.add_argument("--pictures", type=int, default=36_000, help="how many different ones there are")
+    p.add_argument("--things", type=float, default=0.3, help="part of them that show one thing")
+    p.add_argument("--words", type=float, default=0.25, help="part of them that show one word")
+    p.add_argument("--marked", type=float, default=0.2, help="part of them with one thing in a red rectangle")
+    p.add_argument("--bare", type=float, default=0.5, help="part of things called by their name alone")
     p.add_argument("--steps", type=int, default=2800)
     p.add_argument(
         "--decay", type=int, default=500, help="of these steps: learning rate to 0, all patches seen"
@@ -156,6 +216,7 @@ def main() -> None:
     p.add_argument(
         "--save-every", type=int, default=100, help="steps between checkpoints and lines of log.jsonl"
     )
+    p.add_argument("--tests", type=int, default=210, help="pictures of each kind that log.jsonl scores")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--resume", action="store_true", help="go on with the run in --out")
     args = p.parse_args()
@@ -169,6 +230,9 @@ def main() -> None:
     if args.weights and not args.weights.is_file():
         raise FileNotFoundError(f"--weights {args.weights}: no such file")
 
+    if min(args.things, args.words, args.marked) < 0 or args.things + args.words + args.marked > 1:
+        raise ValueError("--things, --words and --marked are parts of all pictures, at most 1 together")
+
     # --- setup
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
@@ -179,28 +243,32 @@ def main() -> None:
     start_from = str(args.weights) if args.weights else None
     model, _, preprocess = open_clip.create_model_and_transforms("eva_mini_clip", start_from)
     trunk, loss_of = model.visual.trunk, open_clip.ClipLoss()
+    trunk.patch_embed.proj.__class__ = Patches
+    for block in trunk.blocks:
+        block.attn.fused_attn = False  # torch's kernels are slow on a CPU for so few tokens
     side = trunk.patch_embed.img_size[0]
     normalize = preprocess.transforms[-1]
 
-    can = torch.cpu.get_capabilities()
-    bf16 = any(can.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # else slower than fp32 by far
-
     # --- data
-    pictures, tokens = draw(args.out, args.pictures, seed=args.seed, things=args.things, bare=args.bare)
+    mix = {name: getattr(args, name) for name in ("seed", "things", "words", "marked", "bare")}
+    pictures, tokens = draw(args.out, args.pictures, **mix)
+    test = Test(preprocess, args.seed + 1, args.tests)
 
     # --- optimizer
     plain = [q for q in model.parameters() if q.ndim < 2 or q is model.token_embedding.weight]
     matrices = [q for q in model.parameters() if not any(q is other for other in plain)]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), fused=True)
 
     # --- resume
-    first, last, start = 0, args.out / "last.pt", time.time()
+    first, last, start, log = 0, args.out / "last.pt", time.time(), args.out / "log.jsonl"
     if args.resume and last.is_file():
         state = torch.load(last, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first, start = state["step"], start - state["seconds"]
+    lines = log.read_text().splitlines(keepends=True) if first else []
+    log.write_text("".join(line for line in lines if json.loads(line)["step"] <= first))
 
     # --- loop
     sums = []
@@ -218,10 +286,9 @@ def main() -> None:
 
         model.train()
         torch.manual_seed(args.seed * 1_000_003 + step)
-        # torch's flash attention is slow on a CPU for so few tokens
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16), sdpa_kernel(SDPBackend.MATH):
-            image_features, text_features, scale = model(images, texts)
-        loss = loss_of(image_features.float(), text_features.float(), scale)
+        with sdpa_kernel(SDPBackend.MATH):
+            both = image_features(model, images), model.encode_text(texts)
+        loss = loss_of(*(F.normalize(f, dim=-1) for f in both), model.logit_scale.exp())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -235,11 +302,8 @@ def main() -> None:
             trunk.patch_drop = None
             seconds = time.time() - start
             line = {"step": step + 1, "loss": sum(sums) / len(sums), "lr": optimizer.param_groups[0]["lr"]}
-            line |= {
-                "zero_shot": accuracy(model.eval(), preprocess, args.seed + 1),
-                "seconds": round(seconds),
-            }
-            with open(args.out / "log.jsonl", "a") as file:
+            line |= {**test(model.eval()), "seconds": round(seconds)}
+            with open(log, "a") as file:
                 file.write(json.dumps(line) + "\n")
             print(line, flush=True)
             sums.clear()

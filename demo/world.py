@@ -1,10 +1,10 @@
 """A made-up world in the real file formats: scenes with all of COCO's annotations, words, classes, boxes.
 
-    python demo/world.py OUT --train 400 --val 210 --words 2000 --size 112
+    python demo/world.py OUT --train 400 --val 1008 --words 2000 --size 112
 
     OUT/coco/{train,val}2017/*.jpg
     OUT/coco/annotations/...                 instances, person_keypoints, captions, panoptic
-    OUT/coco/dataset_coco.json               Karpathy's splits of them, for retrieval
+    OUT/coco/dataset_coco.json, ..._2.json   Karpathy's splits of them, for retrieval in galleries of 200
     OUT/words/train, OUT/words/test/SET      LMDBs in clovaai's layout
     OUT/shapes/VARIANT/CLASS/*.jpg           class folders, with names.json
     OUT/goi/{train,val}.jsonl                M3IT's coco-goi: what is in the red rectangle?
@@ -35,13 +35,17 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from pycocotools import mask as rle
 
+PAPER, PENCIL, PALE = 246, (60, 60, 64), 0.7  # of sketches: PALE is the part of a colour that is seen
+NOISE = 45  # standard deviation in the noisy pictures
+TURN = (80, 120)  # degrees to either side in the pictures that are turned
+GALLERY = 200  # test pictures of each of Karpathy's files
 FINE = 2  # pictures are drawn at twice their size and averaged
 
 COLORS = {
     "red": (206, 38, 40), "green": (40, 150, 48), "blue": (35, 90, 200), "orange": (250, 130, 20),
     "purple": (135, 60, 175), "yellow": (240, 215, 40), "white": (240, 240, 240), "black": (28, 28, 28),
 }  # fmt: skip
-TEXTURES = ("plain", "striped", "dotted", "checked")
+TEXTURES, TEXTURE_P = ("plain", "striped", "dotted", "checked"), (0.5, 0.2, 0.15, 0.15)
 STUFF = ("sky", "grass", "water", "sand", "brick", "wood")
 GROUNDS, WALLS = ("grass", "water", "sand", "wood"), ("sky", "brick", "wood")
 KEYPOINTS = (
@@ -52,15 +56,16 @@ SKELETON = [
     [16, 14], [14, 12], [17, 15], [15, 13], [12, 13], [6, 12], [7, 13], [6, 7], [6, 8], [7, 9],
     [8, 10], [9, 11], [2, 3], [1, 2], [1, 3], [2, 4], [3, 5], [4, 6], [5, 7],
 ]  # fmt: skip
-TEMPLATES = (
-    "a picture of a {}",
-    "a photo of a {}",
-    "an image of a {}",
-    "a {}",
-)  # pretraining has no full stop
+# Like the texts of pretraining, which have no full stop
+TEMPLATES = ("a picture of a {}", "a photo of a {}", "an image of a {}", "a {}")
 VARIANTS = ("plain", "sketch", "rotated", "noisy")
 WORD_SETS = ("plain", "fonts", "blur", "curved", "clutter", "unseen")
-LEXICON = (  # what signs say; the word sets have some of its short words, `unseen` made-up ones instead
+COMMON = (  # what four signs in five say, and all words but the made-up ones of `unseen`
+    "air art bank bar bath beer bike boat book bus cafe cake cash city club deli exit farm film fish food "
+    "fuel game gift gold golf gym hall home ice inn jazz king lake lift mail map menu milk open park pub "
+    "road sale shop spa stop taxi tea zoo"
+).split()
+LEXICON = (  # what the others say
     "air art auto bag bait bake ball band bank bar bath beach bed beer bell bench bike bird boat book box "
     "bread bridge bus cab cafe cake camp car card care cash cat chef city class clinic clock cloth club coal "
     "coat coffee cold corn craft cream cycle dairy dance deli desk dock dog door drink drive east enter exit "
@@ -73,48 +78,18 @@ LEXICON = (  # what signs say; the word sets have some of its short words, `unse
     "store studio sugar sun taxi tea tile toys track train tram tree tunnel video view wait walk water way "
     "west wine wood yard yoga zone zoo"
 ).split()
-SHORT = tuple(word for word in LEXICON if len(word) <= 4)[::3]  # few enough to be learned in minutes
 FONTS = Path(matplotlib.get_data_path(), "fonts", "ttf")
+BOLD = ("DejaVuSans-Bold", "DejaVuSansMono-Bold", "DejaVuSerif-Bold")  # of signs
 SEEN = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSerif", "DejaVuSerif-Bold",
         "DejaVuSansMono", "DejaVuSansMono-Bold", "STIXGeneral", "STIXGeneralBol")  # fmt: skip
 UNSEEN = ("cmr10", "cmb10", "cmss10", "cmtt10", "cmti10", "STIXGeneralBolIta", "DejaVuSerif-BoldItalic")
 
 
-# --- outlines of the shapes, (n, 2) with the largest distance from the centre about 1, y down
+# --- things in pictures
 
 
-def _arc(n: int, start: float = -90, end: float = 270, radius: float = 1, x: float = 0) -> np.ndarray:
-    """n points from angle `start` on, in degrees, the end left out."""
-    angles = np.radians(np.linspace(start, end, n, endpoint=False))
-    return np.stack([radius * np.cos(angles) + x, radius * np.sin(angles)], 1)
-
-
-_T = np.linspace(0, 2 * math.pi, 32, endpoint=False)
-_HEART_Y = 5 * np.cos(2 * _T) + 2 * np.cos(3 * _T) + np.cos(4 * _T) - 13 * np.cos(_T)
-_BAR = 0.36  # half the width of the cross's bars
-OUTLINES = {
-    "circle": _arc(28),
-    "triangle": _arc(3),
-    "square": _arc(4, 45, 405),
-    "hexagon": _arc(6),
-    "star": _arc(10) * np.where(np.arange(10) % 2, 0.42, 1.0)[:, None],
-    "cross": np.array([
-        (-_BAR, -1), (_BAR, -1), (_BAR, -_BAR), (1, -_BAR), (1, _BAR), (_BAR, _BAR),
-        (_BAR, 1), (-_BAR, 1), (-_BAR, _BAR), (-1, _BAR), (-1, -_BAR), (-_BAR, -_BAR),
-    ]),
-    "heart": np.stack([16 * np.sin(_T) ** 3, _HEART_Y], 1) / 17,
-    "moon": np.concatenate([_arc(22, 60, 300), _arc(16, 270, 90, 0.866, 0.5)]) + (0.2, 0),
-    "ring": np.concatenate([_arc(28), _arc(1), 0.55 * _arc(1), 0.55 * _arc(28)[::-1]]),
-    "arrow": np.array([(0, -1), (0.75, -0.1), (0.3, -0.1), (0.3, 1), (-0.3, 1), (-0.3, -0.1), (-0.75, -0.1)]),
-    "drop": np.stack([0.85 * np.sin(_T) * np.sin(_T / 2) ** 1.5, -np.cos(_T)], 1),
-    "bolt": np.array([(0.25, -1), (-0.6, 0.15), (-0.05, 0.15), (-0.3, 1), (0.6, -0.25), (0.08, -0.25)]),
-}  # fmt: skip
-THINGS = ("person", "sign", *OUTLINES)
-THING_IDS = {name: i for i, name in enumerate(THINGS, 1)}
-STUFF_IDS = {name: i for i, name in enumerate(STUFF, 101)}
-
-
-# --- drawing
+def with_article(words: str) -> str:
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 @dataclass
@@ -132,11 +107,11 @@ class Thing:
 
     @property
     def phrase(self) -> str:
-        """As a caption names it: a red striped star, a person in blue, a white sign."""
+        """As a caption names it: a red striped cup, a person in blue, a white sign."""
         if self.name == "person":
             return f"a person in {self.color}"
         words = [self.color, *([self.texture] if self.texture != "plain" else []), self.name]
-        return f"{'an' if words[0][0] in 'aeiou' else 'a'} {' '.join(words)}"
+        return with_article(" ".join(words))
 
 
 @dataclass
@@ -147,36 +122,60 @@ class Scene:
 
 
 class Canvas:
-    """A picture at FINE times its size, and beside it which thing is on top of each pixel (0: none)."""
+    """A picture at FINE times its size, and beside it which thing is on top of each pixel (0: none).
 
-    def __init__(self, background: np.ndarray):
+    sketched: parts are drawn as with a pencil, pale and with a line around each
+    """
+
+    def __init__(self, background: np.ndarray, sketched: bool = False):
         h, w = background.shape[:2]
-        self.size = (w, h)
+        self.size, self.sketched, self.number = (w, h), sketched, 0  # number: of the thing that is drawn
         self.fine = Image.fromarray(background).resize((FINE * w, FINE * h), Image.Resampling.NEAREST)
         self.ids = Image.new("L", self.size)
         self.draw, self.draw_id = ImageDraw.Draw(self.fine), ImageDraw.Draw(self.ids)
 
-    def polygon(self, xy: np.ndarray, fill: tuple, number: int) -> None:
-        self.draw.polygon((FINE * xy).flatten().tolist(), fill=fill)
-        self.draw_id.polygon(xy.flatten().tolist(), fill=number)
+    def polygon(self, xy: np.ndarray, fill) -> None:
+        """fill: a colour, or a picture and its corner in the fine picture"""
+        fine = (FINE * xy).flatten().tolist()
+        self.draw_id.polygon(xy.flatten().tolist(), fill=self.number)
+        if self.sketched:
+            self.draw.polygon(fine, fill=pale(fill))
+            self.draw.line(fine + fine[:4], fill=PENCIL, width=FINE, joint="curve")
+        elif isinstance(fill[0], Image.Image):
+            pattern, corner = fill
+            mask = Image.new("1", pattern.size)
+            ImageDraw.Draw(mask).polygon((FINE * xy - corner).flatten().tolist(), fill=1)
+            self.fine.paste(pattern, tuple(corner), mask)
+        else:
+            self.draw.polygon(fine, fill=fill)
 
-    def limb(self, a, b, width: float, fill: tuple, number: int) -> None:
-        """A thick line with round ends."""
-        for draw, scale, color in ((self.draw, FINE, fill), (self.draw_id, 1, number)):
-            (ax, ay), (bx, by), r = scale * np.asarray(a), scale * np.asarray(b), scale * width / 2
-            draw.line((ax, ay, bx, by), fill=color, width=max(1, round(2 * r)))
-            for x, y in ((ax, ay), (bx, by)):
+    def disk(self, center, radius: float, fill: tuple) -> None:
+        (x, y), r = center, radius
+        self.draw_id.ellipse((x - r, y - r, x + r, y + r), fill=self.number)
+        x, y, r = FINE * x, FINE * y, FINE * r
+        colors = dict(fill=pale(fill), outline=PENCIL, width=FINE) if self.sketched else dict(fill=fill)
+        self.draw.ellipse((x - r, y - r, x + r, y + r), **colors)
+
+    def line(self, xy: np.ndarray, width: float, fill: tuple) -> None:
+        """Through the points, with round ends."""
+        strokes = [(self.draw_id, 1, self.number, width)]
+        if self.sketched and FINE * width >= 4:
+            strokes += [(self.draw, FINE, PENCIL, width), (self.draw, FINE, pale(fill), width - 2)]
+        else:
+            strokes += [(self.draw, FINE, PENCIL if self.sketched else fill, width)]
+        for draw, scale, color, thick in strokes:
+            points, r = scale * np.asarray(xy), scale * thick / 2
+            draw.line(points.flatten().tolist(), fill=color, width=max(1, round(2 * r)))
+            for x, y in points.tolist() if r > 1 else ():
                 draw.ellipse((x - r, y - r, x + r, y + r), fill=color)
-
-    def textured(self, xy: np.ndarray, texture: np.ndarray, corner: np.ndarray, number: int) -> None:
-        """A polygon filled with a picture (h, w, 3) that lies at `corner` of the fine picture."""
-        mask = Image.new("L", texture.shape[1::-1])
-        ImageDraw.Draw(mask).polygon((FINE * xy - corner).flatten().tolist(), fill=255)
-        self.fine.paste(Image.fromarray(texture), tuple(corner.tolist()), mask)
-        self.draw_id.polygon(xy.flatten().tolist(), fill=number)
 
     def finish(self) -> tuple[Image.Image, np.ndarray]:
         return self.fine.reduce(FINE), np.asarray(self.ids)
+
+
+def pale(fill: tuple) -> tuple[int, int, int]:
+    """A colour as it is filled in on a sketch: hardly."""
+    return tuple(round(PAPER + PALE * (v - PAPER)) for v in fill)
 
 
 def shade(rng: np.random.Generator, color: str, strength: float = 14) -> tuple[int, int, int]:
@@ -210,15 +209,12 @@ def surface(rng: np.random.Generator, name: str, h: int, w: int, unit: float) ->
         light = np.where(mortar, 65, rng.normal(0, 5, (h, w)))
     else:
         plank = np.floor(x / unit)
-        light = (
-            14 * smooth_noise(rng, h, w, 3, w // 2 + 1) + 16 * np.sin(7 * plank) - 45 * (x / unit % 1 < 0.08)
-        )
+        grain = 14 * smooth_noise(rng, h, w, 3, w // 2 + 1)
+        light = grain + 16 * np.sin(7 * plank) - 45 * (x / unit % 1 < 0.08)
     return np.array(base) + rng.normal(0, 9, 3) + light[..., None]
 
 
-def background(
-    rng: np.random.Generator, h: int, w: int, unit: float
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def background(rng: np.random.Generator, h: int, w: int, unit: float) -> tuple[np.ndarray, dict]:
     """(h, w, 3) uint8, and the (h, w) bool region of each stuff: one, or a wall above a ground."""
     ground, wall = str(rng.choice(GROUNDS)), str(rng.choice(WALLS))
     whole = np.ones((h, w), bool)
@@ -232,19 +228,13 @@ def background(
     return picture.clip(0, 255).astype(np.uint8), {wall: above, ground: ~above}
 
 
-def add_shape(rng, canvas: Canvas, thing: Thing, center, radius: float, angle: float, number: int) -> None:
-    """One of OUTLINES, turned and a little stretched."""
-    stretch = np.array([1, rng.uniform(0.85, 1.15)])
-    turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-    xy = center + radius * (OUTLINES[thing.name] * stretch) @ turn.T
-    fill = shade(rng, thing.color)
-    if thing.texture == "plain":
-        return canvas.polygon(xy, fill, number)
-    corner = np.floor(FINE * xy.min(0)).astype(int)
-    w, h = (np.ceil(FINE * xy.max(0)).astype(int) - corner + 1).tolist()
+def pattern(rng, thing: Thing, fill: tuple, center, radius: float) -> tuple[Image.Image, list[int]]:
+    """A picture of the thing's texture that is larger than the thing, and its corner in the fine picture."""
+    side = math.ceil(2.6 * FINE * radius)
+    corner = np.floor(FINE * (center - 1.3 * radius)).astype(int).tolist()
     period, slant = FINE * max(3.0, radius * 0.5), rng.uniform(0, math.pi)
-    u = (math.cos(slant) * np.arange(w)[None] + math.sin(slant) * np.arange(h)[:, None]) / period
-    v = (math.cos(slant) * np.arange(h)[:, None] - math.sin(slant) * np.arange(w)[None]) / period
+    x, y = np.arange(side)[None] / period, np.arange(side)[:, None] / period
+    u, v = math.cos(slant) * x + math.sin(slant) * y, math.cos(slant) * y - math.sin(slant) * x
     if thing.texture == "striped":
         second = u % 1 < 0.4
     elif thing.texture == "checked":
@@ -252,14 +242,144 @@ def add_shape(rng, canvas: Canvas, thing: Thing, center, radius: float, angle: f
     else:
         second = (u % 1 - 0.5) ** 2 + (v % 1 - 0.5) ** 2 < 0.09
     other = (30, 30, 30) if sum(COLORS[thing.color]) > 330 else (235, 235, 235)
-    canvas.textured(xy, np.where(second[..., None], other, fill).astype(np.uint8), corner, number)
+    return Image.fromarray(np.where(second[..., None], other, fill).astype(np.uint8)), corner
 
 
-def add_person(rng, canvas: Canvas, thing: Thing, center, height: float, number: int) -> None:
-    """A figure from the front or from behind; its right is on our left when it faces us."""
+@dataclass
+class Pen:
+    """Draws in units of a thing's radius around its centre, x to the right and y down, turned."""
+
+    rng: np.random.Generator
+    canvas: Canvas
+    thing: Thing
+    center: np.ndarray
+    radius: float
+    turn: np.ndarray  # (2, 2)
+    fill: tuple  # the thing's own colour, or a pattern
+
+    def at(self, xy) -> np.ndarray:
+        return self.center + self.radius * np.asarray(xy, float) @ self.turn.T
+
+    def polygon(self, fill, *xy) -> None:
+        self.canvas.polygon(self.at(xy), fill)
+
+    def disk(self, fill, r: float, *xy) -> None:
+        for center in self.at(xy):
+            self.canvas.disk(center, self.radius * r, fill)
+
+    def line(self, fill, width: float, *xy) -> None:
+        self.canvas.line(self.at(xy), self.radius * width, fill)
+
+
+def arc(n: int, start: float, end: float, rx: float = 1, ry: float = 1, x: float = 0, y: float = 0) -> list:
+    """n points of an ellipse around (x, y) from angle `start` to `end`, in degrees; 0 is right, 90 down."""
+    angles = np.radians(np.linspace(start, end, n))
+    return list(zip(rx * np.cos(angles) + x, ry * np.sin(angles) + y, strict=True))
+
+
+DARK, WHITE, BROWN, CREAM, LEAF = (40, 35, 30), (245, 245, 245), (110, 75, 45), (235, 225, 200), (50, 120, 50)
+
+
+def circle(p: Pen) -> None:
+    p.polygon(p.fill, *arc(29, 0, 360, 0.9, 0.9))
+
+
+def bolt(p: Pen) -> None:
+    p.polygon(p.fill, (0.3, -1), (-0.65, 0.15), (-0.05, 0.15), (-0.3, 1), (0.65, -0.25), (0.08, -0.25))
+
+
+def house(p: Pen) -> None:
+    p.polygon(BROWN, (0.4, -0.95), (0.65, -0.95), (0.65, -0.3), (0.4, -0.3))
+    p.polygon(p.fill, (-0.8, -0.1), (0.8, -0.1), (0.8, 0.95), (-0.8, 0.95))
+    p.polygon((150, 60, 50), (-1.05, -0.1), (0, -0.95), (1.05, -0.1))
+    p.polygon(DARK, (-0.5, 0.3), (-0.1, 0.3), (-0.1, 0.95), (-0.5, 0.95))
+    p.polygon(WHITE, (0.2, 0.15), (0.6, 0.15), (0.6, 0.55), (0.2, 0.55))
+    p.line(DARK, 0.05, (0.4, 0.15), (0.4, 0.55))
+    p.line(DARK, 0.05, (0.2, 0.35), (0.6, 0.35))
+
+
+def tree(p: Pen) -> None:
+    p.polygon(BROWN, (-0.13, 0), (0.13, 0), (0.2, 1), (-0.2, 1))
+    p.line(BROWN, 0.1, (0, 0.6), (0.4, 0.2))
+    p.disk(p.fill, 0.45, (-0.42, -0.05), (0.42, -0.05))
+    p.disk(p.fill, 0.6, (0, -0.4))
+
+
+def car(p: Pen) -> None:
+    p.polygon(p.fill, (-0.62, 0), (-0.35, -0.55), (0.35, -0.55), (0.65, 0))
+    p.polygon(WHITE, (-0.45, -0.03), (-0.27, -0.43), (-0.05, -0.43), (-0.05, -0.03))
+    p.polygon(WHITE, (0.06, -0.03), (0.06, -0.43), (0.28, -0.43), (0.47, -0.03))
+    p.polygon(p.fill, (-1.05, 0.05), (-0.95, -0.05), (0.7, -0.05), (1.05, 0.12), (1.05, 0.5), (-1.05, 0.5))
+    p.disk((250, 220, 60), 0.09, (0.95, 0.2))
+    p.disk(DARK, 0.28, (-0.55, 0.48), (0.55, 0.48))
+    p.disk((170, 170, 170), 0.12, (-0.55, 0.48), (0.55, 0.48))
+
+
+def fish(p: Pen) -> None:
+    dark = tuple(round(0.6 * v) for v in p.fill)
+    p.polygon(dark, (-0.3, -0.3), (0.05, -0.75), (0.35, -0.3))
+    p.polygon(dark, (-0.5, 0), (-1.05, -0.5), (-0.9, 0), (-1.05, 0.5))
+    p.polygon(p.fill, *arc(20, 0, 360, 0.75, 0.45, 0.1))
+    p.polygon(dark, (0.05, 0), (-0.25, 0.25), (-0.3, -0.1))
+    p.line(dark, 0.06, *arc(5, -60, 60, 0.12, 0.35, 0.27))
+    p.disk(WHITE, 0.13, (0.55, -0.1))
+    p.disk(DARK, 0.07, (0.57, -0.1))
+
+
+def flower(p: Pen) -> None:
+    p.line(LEAF, 0.1, (0, 0), (0, 1))
+    p.polygon(LEAF, (0, 0.85), (0.2, 0.45), (0.55, 0.35), (0.35, 0.75))
+    p.polygon(LEAF, (0, 0.95), (-0.2, 0.6), (-0.5, 0.55), (-0.3, 0.85))
+    p.disk(p.fill, 0.28, *arc(6, 0, 300, 0.4, 0.4, 0, -0.35))
+    p.disk((250, 220, 60) if p.thing.color != "yellow" else BROWN, 0.22, (0, -0.35))
+
+
+def cup(p: Pen) -> None:
+    color = p.fill if p.thing.texture == "plain" else COLORS[p.thing.color]
+    p.line(color, 0.16, (0.45, -0.35), (0.8, -0.35), (0.85, 0.1), (0.4, 0.35))
+    p.polygon(p.fill, (-0.65, -0.55), (0.55, -0.55), (0.38, 0.8), (-0.48, 0.8))
+    p.polygon(WHITE, *arc(16, 0, 360, 0.6, 0.2, -0.05, -0.55))
+    p.polygon(BROWN, *arc(16, 0, 360, 0.46, 0.12, -0.05, -0.53))
+
+
+def clock(p: Pen) -> None:
+    p.disk(p.fill, 0.9, (0, 0))
+    p.disk(WHITE, 0.7, (0, 0))
+    for a, b in zip(arc(12, 0, 330, 0.62, 0.62), arc(12, 0, 330, 0.52, 0.52), strict=True):
+        p.line(DARK, 0.06, a, b)
+    hour, minute = p.rng.uniform(0, 360, 2)
+    p.line(DARK, 0.12, (0, 0), *arc(1, hour, hour, 0.32, 0.32))
+    p.line(DARK, 0.08, (0, 0), *arc(1, minute, minute, 0.5, 0.5))
+
+
+def ladder(p: Pen) -> None:
+    for y in np.arange(-0.8, 0.9, 0.32).tolist():
+        p.line(p.fill, 0.13, (-0.38, y), (0.38, y))
+    for x in (-0.4, 0.4):
+        p.line(p.fill, 0.15, (0.9 * x, -1), (1.1 * x, 1))
+
+
+def umbrella(p: Pen) -> None:
+    p.line(DARK, 0.09, (0, -0.95), (0, 0.8), *arc(5, 180, 0, 0.14, -0.14, 0.14, 0.8))
+    scallops = [point for x in (0.6, 0, -0.6) for point in arc(6, 0, -180, 0.3, 0.14, x, 0.05)]
+    p.polygon(p.fill, *arc(16, 180, 360, 0.9, 0.85, 0, 0.05), *scallops)
+    for x in (-0.3, 0.3):
+        p.line(DARK, 0.05, (0, -0.8), (0.7 * x, -0.5), (x, 0.05))
+
+
+def mushroom(p: Pen) -> None:
+    p.polygon(CREAM, (-0.22, 0), (0.22, 0), (0.32, 0.95), (-0.32, 0.95))
+    p.polygon(p.fill, *arc(18, 180, 360, 0.95, 0.95, 0, 0.1), *arc(8, 0, 180, 0.95, 0.15, 0, 0.1))
+    p.disk(WHITE, 0.15, (-0.45, -0.25), (0.05, -0.55))
+    p.disk(WHITE, 0.11, (0.5, -0.2), (0.05, -0.1))
+
+
+def person(pen: Pen) -> None:
+    """A figure from the front or from behind; its right is on our left when it faces us. It is not turned."""
+    rng, thing, canvas, height = pen.rng, pen.thing, pen.canvas, 2.6 * pen.radius
     thing.back = bool(rng.random() < 0.2)
     side = np.array([1, -1]) * (-1 if thing.back else 1)  # x of its left, right
-    cx, top = center[0], center[1] - height / 2
+    cx, top = pen.center[0], pen.center[1] - height / 2
     lean = rng.normal(0, 0.05)
 
     def at(x, y):  # in units of the height, from the top of the head's middle
@@ -274,31 +394,27 @@ def add_person(rng, canvas: Canvas, thing: Thing, center, height: float, number:
         points[3 + k] = head + height * np.array([0.075 * s, 0])
         points[5 + k] = at(0.11 * s, 0.22)
         points[11 + k] = at(0.07 * s, 0.54)
-        for joint, length, angle in (
-            (5, 0.16, swing[k, 0]),
-            (7, 0.15, swing[k, 0] + 0.7 * swing[k, 1] - 0.3),
-        ):
+        arms = (5, 0.16, swing[k, 0]), (7, 0.15, swing[k, 0] + 0.7 * swing[k, 1] - 0.3)
+        legs = (11, 0.22, spread[k, 0]), (13, 0.22, spread[k, 0] - 0.5 * spread[k, 1])
+        for joint, length, angle in (*arms, *legs):
             reach = np.array([s * math.sin(angle), math.cos(angle)])
             points[joint + 2 + k] = points[joint + k] + height * length * reach
-        for joint, length, angle in ((11, 0.22, spread[k, 0]), (13, 0.22, spread[k, 0] - 0.5 * spread[k, 1])):
-            reach = np.array([s * math.sin(angle), math.cos(angle)])
-            points[joint + 2 + k] = points[joint + k] + height * length * reach
-    skin, shirt = tuple(rng.choice([(240, 200, 170), (190, 140, 105), (120, 80, 55)]).tolist()), thing.color
-    shirt, trousers, hair = shade(rng, shirt), shade(rng, "blue", 30), shade(rng, "black", 20)
+    skin = tuple(rng.choice([(240, 200, 170), (190, 140, 105), (120, 80, 55)]).tolist())
+    shirt, trousers, hair = pen.fill, shade(rng, "blue", 30), shade(rng, "black", 20)
     for k in (0, 1):
         for a, b, width, fill in ((11, 13, 0.09, trousers), (13, 15, 0.075, trousers), (7, 9, 0.05, skin)):
-            canvas.limb(points[a + k], points[b + k], height * width, fill, number)
-    canvas.polygon(points[[5, 6, 12, 11]], shirt, number)
-    canvas.limb(points[5], points[6], height * 0.07, shirt, number)
-    canvas.limb(points[11], points[12], height * 0.08, trousers, number)
+            canvas.line(points[[a + k, b + k]], height * width, fill)
+    canvas.polygon(points[[5, 6, 12, 11]], shirt)
+    canvas.line(points[5:7], height * 0.07, shirt)
+    canvas.line(points[11:13], height * 0.08, trousers)
     for k in (0, 1):
-        canvas.limb(points[5 + k], points[7 + k], height * 0.065, shirt, number)
-    canvas.limb(head, head + (0, 0.11 * height), height * 0.05, skin, number)
-    canvas.limb(head, head, height * 0.17, hair, number)
+        canvas.line(points[[5 + k, 7 + k]], height * 0.065, shirt)
+    canvas.line(head + height * np.array([(0, 0), (0, 0.11)]), height * 0.05, skin)
+    canvas.disk(head, height * 0.085, hair)
     if not thing.back:
-        canvas.limb(head + (0, 0.02 * height), head + (0, 0.025 * height), height * 0.135, skin, number)
+        canvas.disk(head + (0, 0.022 * height), height * 0.07, skin)
         for eye in points[1:3]:
-            canvas.limb(eye, eye, height * 0.025, (20, 20, 20), number)
+            canvas.disk(eye, height * 0.0125, (20, 20, 20))
     thing.keypoints = points
 
 
@@ -313,33 +429,43 @@ def made_up(rng: np.random.Generator) -> str:
     return "".join(str(rng.choice(list("bdfghklmnprstvz" if p == "c" else "aeiou"))) for p in pattern)
 
 
-def add_sign(rng, canvas: Canvas, thing: Thing, center, width: float, number: int) -> None:
-    """A plate with a word on it, in black or white."""
-    thing.word = str(rng.choice(LEXICON))
-    text = thing.word.upper() if rng.random() < 0.5 else thing.word
-    face = font(str(rng.choice(SEEN)), max(6, round(FINE * width * 1.35 / len(text))))
+def sign(pen: Pen) -> None:
+    """A plate with a word on it, in black or white. It is not turned."""
+    rng, thing = pen.rng, pen.thing
+    thing.word = str(rng.choice(COMMON if rng.random() < 0.8 else LEXICON))
+    text = thing.word.upper() if rng.random() < 0.7 else thing.word
+    face = font(str(rng.choice(BOLD)), max(8, round(FINE * pen.radius * 3.6 / max(len(text), 3))))
     x0, y0, x1, y1 = face.getbbox(text)
-    half = np.array([(x1 - x0) / FINE + 4, (y1 - y0) / FINE + 4]) / 2
-    corners = center + half * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])
-    canvas.polygon(corners, shade(rng, thing.color), number)
-    ink = (20, 20, 20) if sum(COLORS[thing.color]) > 330 else (245, 245, 245)
-    canvas.draw.text((FINE * (center - half + 2) - (x0, y0)).tolist(), text, fill=ink, font=face)
+    half = np.array([(x1 - x0) / FINE + 5, (y1 - y0) / FINE + 5]) / 2
+    center = np.clip(pen.center, half, np.maximum(pen.canvas.size - half, half))
+    pen.canvas.polygon(center + half * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]), pen.fill)
+    ink = (20, 20, 20) if pen.canvas.sketched or sum(COLORS[thing.color]) > 330 else (245, 245, 245)
+    pen.canvas.draw.text((FINE * (center - half + 2.5) - (x0, y0)).tolist(), text, fill=ink, font=face)
 
 
-def add(rng, canvas: Canvas, thing: Thing, center, radius: float, number: int, tilt: float = 0.5) -> None:
-    if thing.name == "person":
-        add_person(rng, canvas, thing, center, 2.6 * radius, number)
-    elif thing.name == "sign":
-        add_sign(rng, canvas, thing, center, 2 * radius, number)
-    else:
-        add_shape(rng, canvas, thing, center, radius, rng.uniform(-tilt, tilt), number)
+DRAW = (person, sign, circle, bolt, house, tree, car, fish, flower, cup, clock, ladder, umbrella, mushroom)
+THINGS = tuple(draw.__name__ for draw in DRAW)
+TEXTURED = ("circle", "bolt", "cup", "umbrella")
+THING_IDS = {name: i for i, name in enumerate(THINGS, 1)}
+STUFF_IDS = {name: i for i, name in enumerate(STUFF, 101)}
+
+
+def add(rng, canvas: Canvas, thing: Thing, center, radius: float) -> None:
+    """The next thing, on top of the others."""
+    canvas.number += 1
+    angle = rng.uniform(-0.35, 0.35)
+    turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    fill = shade(rng, thing.color)
+    if thing.texture != "plain" and not canvas.sketched:
+        fill = pattern(rng, thing, fill, center, radius)
+    DRAW[THINGS.index(thing.name)](Pen(rng, canvas, thing, center, radius, turn, fill))
 
 
 def any_thing(rng: np.random.Generator) -> Thing:
     """A sixth of all things are persons, a sixth signs."""
     kind = rng.random()
-    name = "person" if kind < 1 / 6 else "sign" if kind < 1 / 3 else str(rng.choice(list(OUTLINES)))
-    texture = str(rng.choice(TEXTURES, p=[0.5, 0.2, 0.15, 0.15])) if name in OUTLINES else "plain"
+    name = "person" if kind < 1 / 6 else "sign" if kind < 1 / 3 else str(rng.choice(THINGS[2:]))
+    texture = str(rng.choice(TEXTURES, p=TEXTURE_P)) if name in TEXTURED else "plain"
     return Thing(name, str(rng.choice(list(COLORS))), texture)
 
 
@@ -352,15 +478,15 @@ def scene(rng: np.random.Generator, size: int) -> Scene:
     pixels, regions = background(rng, h, w, 0.16 * size)
     canvas, placed, count = Canvas(pixels), [], 1 + int(rng.binomial(7, 0.35))
     things = [any_thing(rng) for _ in range(count)]
-    for number, thing in enumerate(things, 1):
-        radius = size * rng.uniform(0.09, 0.22) * (1.15 - 0.06 * count)
+    for thing in things:
+        radius = size * rng.uniform(0.12, 0.25) * (1.15 - 0.06 * count)
         margin = 0.8 * radius * (1.5 if thing.name == "person" else 1)
         for _ in range(6):  # mostly apart, so that what overlaps is the exception
             center = rng.uniform((margin, margin), (w - margin, h - margin))
             if all(np.hypot(*(center - c)) > 0.9 * (radius + r) for c, r in placed):
                 break
         placed.append((center, radius))
-        add(rng, canvas, thing, center, radius, number)
+        add(rng, canvas, thing, center, radius)
     image, ids = canvas.finish()
     for number, thing in enumerate(things, 1):
         thing.mask = ids == number
@@ -375,14 +501,9 @@ def scene(rng: np.random.Generator, size: int) -> Scene:
 # --- words
 
 
-def word_picture(
-    rng: np.random.Generator, kind: str, known: tuple[str, ...] = SHORT
-) -> tuple[Image.Image, str]:
-    """A word as it is cropped from a picture, and its letters. kind: one of WORD_SETS; `plain` trains.
-
-    known: the words that it may be
-    """
-    told = str(rng.choice(known)) if rng.random() < 0.9 else "".join(map(str, rng.integers(0, 10, 4)))
+def word_picture(rng: np.random.Generator, kind: str) -> tuple[Image.Image, str]:
+    """A word as it is cropped from a picture, and its letters. kind: one of WORD_SETS; `plain` trains."""
+    told = str(rng.choice(COMMON)) if rng.random() < 0.9 else "".join(map(str, rng.integers(0, 10, 4)))
     text = made_up(rng) if kind == "unseen" else told
     text = str(rng.choice([text, text.upper(), text.capitalize()]))
     face = font(str(rng.choice(UNSEEN if kind == "fonts" else SEEN)), int(rng.integers(22, 30)))
@@ -418,26 +539,22 @@ def word_picture(
 # --- classes
 
 
-def shape_picture(key: tuple[int, ...], variant: str) -> tuple[Image.Image, Thing]:
+def thing_picture(key: tuple[int, ...], variant: str) -> tuple[Image.Image, Thing]:
     """A picture of one thing, of each name in turn: as in the scenes, a sketch, turned over, or noisy."""
     rng, side = np.random.default_rng(key), 112
     name, other = THINGS[key[-1] % len(THINGS)], any_thing(rng)
-    thing = Thing(name, other.color, other.texture if name in OUTLINES else "plain")
+    thing = Thing(name, other.color, str(rng.choice(TEXTURES, p=TEXTURE_P)) if name in TEXTURED else "plain")
     pixels, _ = background(rng, side, side, 0.16 * side)
     if variant == "sketch":
-        pixels = np.full_like(pixels, 250)
-        thing.texture = "plain"
-    canvas = Canvas(pixels)
-    add(rng, canvas, thing, rng.uniform(0.4, 0.6, 2) * side, rng.uniform(0.2, 0.34) * side, 1)
+        pixels = (PAPER + PALE * (pixels - float(PAPER))).astype(np.uint8)
+    canvas = Canvas(pixels, sketched=variant == "sketch")
+    add(rng, canvas, thing, rng.uniform(0.4, 0.6, 2) * side, rng.uniform(0.2, 0.34) * side)
     image = canvas.finish()[0]
-    if variant == "sketch":  # pencil: dark where brightness changes
-        edges = image.convert("L").filter(ImageFilter.FIND_EDGES).crop((1, 1, side - 1, side - 1))
-        image = Image.new("RGB", (side, side), (255, 255, 255))
-        image.paste(edges.point(lambda v: 255 - min(255, 4 * v)), (1, 1))
     if variant == "rotated":
-        image = image.rotate(float(rng.uniform(90, 270)), Image.Resampling.BICUBIC, fillcolor=(128, 128, 128))
+        angle = float(rng.uniform(*TURN)) * float(rng.choice((-1, 1)))
+        image = image.rotate(angle, Image.Resampling.BICUBIC, fillcolor=(128, 128, 128))
     if variant == "noisy":
-        image = np.asarray(image).astype(np.float32) * 0.6 + 60 + rng.normal(0, 45, (side, side, 3))
+        image = np.asarray(image).astype(np.float32) * 0.6 + 50 + rng.normal(0, NOISE, (side, side, 3))
         image = Image.fromarray(image.clip(0, 255).astype(np.uint8))
     return image, thing
 
@@ -446,41 +563,45 @@ def shape_picture(key: tuple[int, ...], variant: str) -> tuple[Image.Image, Thin
 
 
 def sentences(rng: np.random.Generator, scene: Scene) -> list[str]:
-    """Five captions: what stands where beside what, how many there are, and what is around."""
+    """Five captions: what stands where beside what, how many there are, what is around and what signs say."""
     things, stuff = scene.things, list(scene.stuff)
     around = [f"{'under' if name == 'sky' else 'on'} {name}" for name in stuff]
     told = [f"{related(rng, things) if things else stuff[0]} {rng.choice(around)}" for _ in range(2)]
     if len(things) > 1:
         told.append(related(rng, things))
     named = Counter(thing.name for thing in things)
-    counts = [f"{NUMBERS[n]} {plural(name) if n > 1 else name}" for name, n in named.most_common(3)]
+    counts = [plural(name, n) if n > 1 else with_article(name) for name, n in named.most_common(3)]
     told.append(" and ".join(filter(None, (", ".join(counts[:-1]), *counts[-1:]))) or " and ".join(stuff))
     while len(told) < 5:
-        phrases = [thing.phrase for thing in rng.permutation(things)[:2]] or stuff
+        phrases = [read(rng, thing) for thing in rng.permutation(things)[:2]] or stuff
         told.append(f"{' and '.join(phrases)} {' '.join(around)}")
     return [f"{sentence[0].upper()}{sentence[1:]}." for sentence in told]
 
 
-NUMBERS = ("no", "a", "two", "three", "four", "five", "six", "seven", "eight")
+def read(rng: np.random.Generator, thing: Thing) -> str:
+    """A thing's phrase, of every other sign with what it says."""
+    return f"{thing.phrase} that says {thing.word}" if thing.word and rng.random() < 0.5 else thing.phrase
 
 
-def plural(name: str) -> str:
-    return {"person": "people", "cross": "crosses"}.get(name, f"{name}s")
+def plural(name: str, count: int) -> str:
+    number = ("two", "three", "four", "five", "six", "seven", "eight")[count - 2]
+    return f"{number} {name if name == 'fish' else 'people' if name == 'person' else f'{name}s'}"
 
 
 def related(rng: np.random.Generator, things: list[Thing]) -> str:
     """One thing, or two and how they lie to each other."""
     if len(things) == 1:
-        return things[0].phrase
+        return read(rng, things[0])
     i, j = rng.choice(len(things), 2, replace=False).tolist()
     a, b = things[i], things[j]
+    one, other = read(rng, a), read(rng, b)
     dx, dy = (np.add(a.box[:2], a.box[2:]) - np.add(b.box[:2], b.box[2:])) / 2
     apart = a.box[2] <= b.box[0] or b.box[2] <= a.box[0] or a.box[3] <= b.box[1] or b.box[3] <= a.box[1]
     if not apart and rng.random() < 0.5:  # boxes overlap: what was drawn later is in front
-        return f"{a.phrase} {'in front of' if i > j else 'behind'} {b.phrase}"
+        return f"{one} {'in front of' if i > j else 'behind'} {other}"
     if abs(dx) > abs(dy):
-        return f"{a.phrase} to the {'left' if dx < 0 else 'right'} of {b.phrase}"
-    return f"{a.phrase} {'above' if dy < 0 else 'below'} {b.phrase}"
+        return f"{one} to the {'left' if dx < 0 else 'right'} of {other}"
+    return f"{one} {'above' if dy < 0 else 'below'} {other}"
 
 
 # --- files
@@ -491,9 +612,7 @@ def polygons(mask: np.ndarray, box: tuple[int, int, int, int]) -> list[list[floa
     x0, y0, x1, y1 = box
     padded = np.pad(mask[y0:y1, x0:x1], 1).astype(np.float32)
     lines = contourpy.contour_generator(z=padded, fill_type="OuterOffset").filled(0.5, 2.0)
-    outer = [
-        points[: ends[1] - 1] for points, ends in zip(*lines, strict=True)
-    ]  # its last point is its first
+    outer = [xy[: ends[1] - 1] for xy, ends in zip(*lines, strict=True)]  # its last point is its first
     return [(line + (x0 - 0.5, y0 - 0.5)).round(1).flatten().tolist() for line in outer if len(line) > 2]
 
 
@@ -600,8 +719,8 @@ def write(
     return [(image, told) for image, _, _, told in drawn]
 
 
-def write_karpathy(out: Path, splits: dict[str, tuple[str, list]]) -> None:
-    """dataset_coco.json of {split: (folder, images and captions)}."""
+def write_karpathy(path: Path, splits: dict[str, tuple[str, list]]) -> None:
+    """Karpathy's dataset_coco.json of {split: (folder, images and captions)}."""
     images, sentid = [], 0
     for split, (folder, rows) in splits.items():
         for image, told in rows:
@@ -616,7 +735,7 @@ def write_karpathy(out: Path, splits: dict[str, tuple[str, list]]) -> None:
                 "cocoid": image["id"], "split": split,
                 "sentids": [e["sentid"] for e in entries], "sentences": entries,
             })  # fmt: skip
-    (out / "dataset_coco.json").write_text(json.dumps({"images": images, "dataset": "coco"}))
+    path.write_text(json.dumps({"images": images, "dataset": "coco"}))
 
 
 def encode(picture: Image.Image) -> bytes:
@@ -644,7 +763,7 @@ def write_words(out: Path, kind: str, count: int, seed: int) -> None:
 
 
 def save_shape(index: int, out: Path, variant: str, seed: int) -> None:
-    picture, thing = shape_picture((seed, index), variant)
+    picture, thing = thing_picture((seed, index), variant)
     picture.save(out / folder_of(thing.name) / f"{index:06d}.jpg", quality=92)
 
 
@@ -661,6 +780,13 @@ def write_shapes(out: Path, variant: str, count: int, seed: int) -> None:
     each(partial(save_shape, out=out, variant=variant, seed=seed), range(count))
 
 
+def mark(image: Image.Image, thing: Thing) -> None:
+    """A red rectangle around what is seen of a thing."""
+    (x0, y0, x1, y1), (w, h) = thing.box, image.size
+    box = (max(0, x0 - 2), max(0, y0 - 2), min(w, x1 + 2) - 1, min(h, y1 + 2) - 1)
+    ImageDraw.Draw(image).rectangle(box, outline=(255, 0, 0), width=2)
+
+
 def grounded(index: int, size: int, seed: int) -> str:
     """A line of coco-goi: a scene of two things or more, one of them in a red rectangle."""
     rng = np.random.default_rng((seed, index))
@@ -668,14 +794,7 @@ def grounded(index: int, size: int, seed: int) -> str:
     while len(one.things) < 2:
         one = scene(rng, size)
     thing = one.things[rng.integers(len(one.things))]
-    x0, y0, x1, y1 = thing.box
-    box = (
-        max(0, x0 - 2),
-        max(0, y0 - 2),
-        min(one.image.width, x1 + 2) - 1,
-        min(one.image.height, y1 + 2) - 1,
-    )
-    ImageDraw.Draw(one.image).rectangle(box, outline=(255, 0, 0), width=2)
+    mark(one.image, thing)
     question = "\n".join(["Which of these is in the red rectangle?", *THINGS])
     picture = base64.b64encode(encode(one.image)).decode()
     return json.dumps({"input": question, "image_str": picture, "outputs": thing.name})
@@ -686,9 +805,11 @@ def write_world(out: Path, train: int, val: int, words: int, size: int, seed: in
     coco = out / "coco"
     trained = write(coco, "train2017", train, size, seed)
     held_out = write(coco, "val2017", val, size, seed + 1, first_id=train + 1)
-    half = len(held_out) // 2
-    splits = {"train": ("train2017", trained), "val": ("val2017", held_out[:half])}
-    write_karpathy(coco, {**splits, "test": ("val2017", held_out[half:])})
+    n = min(GALLERY, -(-val // 2))
+    for k in range(max(1, val // GALLERY)):
+        test, rest = held_out[k * n : (k + 1) * n], held_out[: k * n] + held_out[(k + 1) * n :]
+        splits = {"train": ("train2017", trained), "val": ("val2017", rest), "test": ("val2017", test)}
+        write_karpathy(coco / f"dataset_coco{f'_{k + 1}' if k else ''}.json", splits)
     write_words(out / "words" / "train", "plain", words, seed + 2)
     for k, kind in enumerate(WORD_SETS):
         write_words(out / "words" / "test" / kind, kind, val, seed + 3 + k)
@@ -704,7 +825,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("out", type=Path, help="folder to make; it must not exist")
     p.add_argument("--train", type=int, default=400, help="training scenes, and as many pictures to ground")
-    p.add_argument("--val", type=int, default=210, help="validation scenes, and pictures in every test set")
+    p.add_argument("--val", type=int, default=1008, help="validation scenes, and pictures in every test set")
     p.add_argument("--words", type=int, default=2000, help="training words")
     p.add_argument("--size", type=int, default=112, help="longest side of a scene in pixels")
     p.add_argument("--seed", type=int, default=0)

@@ -3,9 +3,11 @@
 import base64
 import io
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
+from itertools import product
 from pathlib import Path
 
 import lmdb
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from pycocotools.coco import COCO
+from scipy import ndimage
 
 from data.coco import read_ids
 from data.detection import Detection
@@ -85,7 +88,7 @@ def test_instances_are_sound_coco(made, split):
 
 @pytest.mark.parametrize("split", ["train2017", "val2017"])
 def test_polygons_and_panoptic_map_are_the_same_shapes(made, split):
-    """A polygon's edge may round a pixel away; a ring's hole is filled, as COCO's polygons do."""
+    """A polygon's edge may round a pixel away; holes, as between rungs, are filled, as COCO's polygons do."""
     annotations = made / "coco" / "annotations"
     api, content = (
         COCO(annotations / f"instances_{split}.json"),
@@ -105,8 +108,9 @@ def test_polygons_and_panoptic_map_are_the_same_shapes(made, split):
         for segment, instance in zip(things, instances, strict=True):
             mask, region = api.annToMask(instance).astype(bool), ids == segment["id"]
             assert segment["category_id"] == instance["category_id"]
-            if world.THINGS[instance["category_id"] - 1] != "ring":
-                assert (mask & region).sum() / (mask | region).sum() > 0.8
+            assert not (region & ~ndimage.binary_dilation(mask)).any()
+            filled = ndimage.binary_fill_holes(region)
+            assert (mask & filled).sum() / (mask | filled).sum() > 0.8
             rows, columns = np.nonzero(region)
             box = [columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1]
             assert segment["bbox"] == box
@@ -166,8 +170,13 @@ def test_captions_tell_the_truth():
         captions = world.sentences(rng, scene)
         assert len(captions) == 5
         for caption in captions:
+            text = caption[0].lower() + caption[1:].rstrip(".")
+            for phrase, word in re.findall(r"(\w+ sign) that says (\w+)", text):
+                assert any(t.name == "sign" and phrase in t.phrase and word == t.word for t in scene.things)
+                told["says"] += 1
+            text = re.sub(r" that says \w+", "", text)
             for relation, holds in checks.items():
-                before, found, after = caption.lower().rstrip(".").partition(f" {relation} ")
+                before, found, after = text.partition(f" {relation} ")
                 if found:
                     pairs = [
                         (np.add(a.box[:2], a.box[2:]), np.add(b.box[:2], b.box[2:]))
@@ -176,7 +185,35 @@ def test_captions_tell_the_truth():
                     ]  # fmt: skip
                     assert any(holds(a, b) for a, b in pairs), caption
                     told[relation] += 1
-    assert set(told) == set(checks)
+    assert set(told) == {*checks, "says"} and told["says"] > 40
+
+
+@pytest.mark.parametrize("name", world.THINGS)
+def test_the_map_of_ids_is_where_the_thing_is_drawn(name):
+    """On a colour that no thing has: what the picture changed is what the map tells, but for edges."""
+    for i, sketched in product(range(8), (False, True)):
+        rng = np.random.default_rng(i)
+        canvas = world.Canvas(np.full((112, 112, 3), (1, 254, 3), np.uint8), sketched)
+        texture = world.TEXTURES[i % 4] if name in world.TEXTURED else "plain"
+        world.add(rng, canvas, world.Thing(name, "purple", texture), np.array([56.0, 56.0]), 25.0)
+        image, ids = canvas.finish()
+        drawn = (np.asarray(image) != (1, 254, 3)).any(2)
+        assert set(np.unique(ids)) == {0, 1}
+        mask = ids == 1
+        assert (drawn & mask).sum() / (drawn | mask).sum() > 0.75  # the least for thin parts
+        assert not (drawn & ~ndimage.binary_dilation(mask, iterations=2)).any()
+        assert not (mask & ~ndimage.binary_dilation(drawn)).any()
+
+
+@pytest.mark.parametrize("name", world.THINGS)
+def test_a_sketch_keeps_its_lines(name):
+    """Dark lines, inner ones too, on pale ground."""
+    index = world.THINGS.index(name)
+    light = np.asarray(world.thing_picture((5, index), "sketch")[0].convert("L")).astype(int)
+    dark = light < 185  # no fill is: black is 192 on a sketch
+    assert 0.01 < dark.mean() < 0.2
+    inner = ndimage.binary_erosion(ndimage.binary_fill_holes(dark), iterations=3)
+    assert dark[inner].any() == (name not in ("circle", "bolt"))
 
 
 def test_our_readers_take_it(made):
@@ -194,6 +231,18 @@ def test_our_readers_take_it(made):
         if image["split"] == "test":
             told = [a["caption"] for a in captions.loadAnns(captions.getAnnIds(image["cocoid"]))]
             assert told == [s["raw"] for s in image["sentences"]]
+
+
+def test_galleries_share_the_validation_scenes_out(tmp_path, monkeypatch):
+    """Every file has as many test pictures, no picture is in two files' tests, and the rest is `val`."""
+    monkeypatch.setattr(world, "GALLERY", 6)
+    world.write_world(tmp_path, **{**SIZES, "val": 20, "words": 1})
+    tests = []
+    for path in sorted((tmp_path / "coco").glob("dataset_coco*.json")):
+        images = json.loads(path.read_text())["images"]
+        assert Counter(i["split"] for i in images) == {"train": 12, "val": 14, "test": 6}
+        tests += [i["cocoid"] for i in images if i["split"] == "test"]
+    assert len(tests) == len(set(tests)) == 18
 
 
 def test_words_are_readable_and_of_many_kinds(made):
