@@ -53,7 +53,7 @@ class LmdbWords:
             size = environment.begin().get(b"num-samples")
         except lmdb.Error as error:
             raise ValueError(f"{path / 'data.mdb'} cannot be opened as an LMDB: {error}") from error
-        if size is None or not size.strip().isdigit():
+        if size is None or not size.strip().isdigit() or int(size) >= 2**31:
             raise ValueError(f"{path / 'data.mdb'}: no count of words in num-samples (found {size})")
         self.size = int(size)
 

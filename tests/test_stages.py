@@ -350,7 +350,13 @@ def test_defaults_are_the_papers(monkeypatch, capsys):
 
 def test_full_tunes_all_of_m_and_no_lora(scenes, head, tmp_path, run):
     """The control. M's file is M's own, tuned, and resumed it ends with the same bits."""
-    assert run("stage2_lora", *stage2(scenes, tmp_path / "a", head, iters=4, lr=1e-4), "--full")[0] == 0
+
+    def full(out, **changed) -> list:
+        options = stage2(scenes, tmp_path / out, head, iters=4, lr=1e-4, **changed)
+        at = options.index("--rank")  # refused beside --full
+        return [*options[:at], *options[at + 2 :], "--full"]
+
+    assert run("stage2_lora", *full("a"))[0] == 0
     assert not list((tmp_path / "a").glob("lora*"))
     tuned = load_file(tmp_path / "a" / "M.safetensors")
     frozen = vit.load("eva_mini", "random", seed=0).vit.state_dict()
@@ -360,11 +366,10 @@ def test_full_tunes_all_of_m_and_no_lora(scenes, head, tmp_path, run):
     again = vit.load("eva_mini", str(tmp_path / "a" / "M.safetensors"))
     assert all(torch.equal(again.vit.state_dict()[name], value) for name, value in tuned.items())
 
-    stopped = {"save-every": 2, "iters": 4, "lr": 1e-4}
-    assert run("stage2_lora", *stage2(scenes, tmp_path / "b", head, **stopped), "--full")[0] == 0
+    stopped = {"save-every": 2}
+    assert run("stage2_lora", *full("b", **stopped))[0] == 0
     (tmp_path / "b" / "previous.pt").replace(tmp_path / "b" / "last.pt")  # as after two steps
     (tmp_path / "b" / "M.safetensors").unlink()
-    options = (*stage2(scenes, tmp_path / "b", head, **stopped), "--full", "--resume")
-    assert run("stage2_lora", *options)[0] == 0
+    assert run("stage2_lora", *full("b", **stopped), "--resume")[0] == 0
     resumed = load_file(tmp_path / "b" / "M.safetensors")
     assert all(torch.equal(resumed[name], value) for name, value in tuned.items())
