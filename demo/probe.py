@@ -18,8 +18,9 @@ from torchvision.ops import roi_align
 from torchvision.transforms.v2.functional import normalize
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import backbone as vit  # noqa: E402
 import common  # noqa: E402
+
+import backbone as vit  # noqa: E402
 from demo import world  # noqa: E402
 
 SIDE = 112

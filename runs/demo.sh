@@ -52,7 +52,7 @@ ITERS=150 ALPHA=8
 STAGE2=("${TRAIN[@]}" --iters "$ITERS" --batch detection=2 segmentation=1 captioning=8 --rank 8
     --lora-alpha "$ALPHA" --lr 1e-3)
 
-step "The world: scenes, words, classes, boxes" "$WORLD" python demo/world.py "$WORLD" --train 800 --words 16000
+step "The world: scenes, words, classes, boxes" "$WORLD" python demo/world.py "$WORLD" --train 800 --val 210 --words 16000
 
 stage1() { # stage1 TASK OPTIONS...
     local task=$1
