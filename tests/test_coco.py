@@ -44,14 +44,14 @@ def spoil(key, value, index=0):
         (lambda c: "{ not json", ValueError, "instances_train2017.json is not JSON"),
         (lambda c: json.dumps([1, 2]), ValueError, "not a COCO annotation file"),
         (lambda c: c.pop("annotations") and c, ValueError, "no list called annotations"),
-        (spoil("category_id", 77), ValueError, r"annotations\[0\] of 43 \(id 1\): unknown category id 77"),
-        (spoil("image_id", 77), ValueError, r"annotations\[0\] of 43 \(id 1\): unknown image id 77"),
-        (spoil("bbox", [1, 2]), ValueError, r"annotations\[0\] of 43 \(id 1\): bbox must be .* got \[1, 2\]"),
-        (spoil("bbox", [1, 2, None, 3]), ValueError, r"annotations\[0\] of 43 \(id 1\): bbox must be"),
+        (spoil("category_id", 77), ValueError, r"annotations\[0\] of 42 \(id 1\): unknown category id 77"),
+        (spoil("image_id", 77), ValueError, r"annotations\[0\] of 42 \(id 1\): unknown image id 77"),
+        (spoil("bbox", [1, 2]), ValueError, r"annotations\[0\] of 42 \(id 1\): bbox must be .* got \[1, 2\]"),
+        (spoil("bbox", [1, 2, None, 3]), ValueError, r"annotations\[0\] of 42 \(id 1\): bbox must be"),
         (
             lambda c: c["annotations"][0].pop("bbox") and c,
             ValueError,
-            r"annotations\[0\] of 43 \(id 1\): no field bbox",
+            r"annotations\[0\] of 42 \(id 1\): no field bbox",
         ),
         (
             lambda c: c["images"][0].update(file_name="gone.jpg"),
@@ -73,7 +73,7 @@ def test_unusable_boxes_are_dropped_with_a_count(broken, box):
     content = json.loads((folder / "annotations" / "instances_train2017.json").read_text())
     assert len(data.labels) == len(content["annotations"]) - 1
     assert "1 unusable annotations dropped" in data.notes[-1]
-    assert "the first is annotations[2] of 43 (id 3)" in data.notes[-1]
+    assert "the first is annotations[2] of 42 (id 3)" in data.notes[-1]
     assert np.isfinite(data.boxes_xyxy).all()
 
 

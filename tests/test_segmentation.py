@@ -92,13 +92,13 @@ def test_unusable_masks_are_dropped_or_refused(broken):
     kept = Segmentation(folder, "train2017")
     assert len(kept.data.labels) == len(Detection(folder, "train2017").data.labels) - 2
     assert "2 unusable annotations dropped" in kept.notes[-1]
-    assert "the first is annotations[0] of 43 (id 1)" in kept.notes[-1]
+    assert "the first is annotations[0] of 42 (id 1)" in kept.notes[-1]
     path = folder / "annotations" / "instances_train2017.json"
     content = json.loads(path.read_text())
     content["annotations"][2]["segmentation"] = {"size": [3, 4], "counts": [0, 12]}
     path.write_text(json.dumps(content))
     with pytest.raises(
-        ValueError, match=r"annotations\[2\] of 43 \(id 3\): its run lengths are for an image of \[3, 4\]"
+        ValueError, match=r"annotations\[2\] of 42 \(id 3\): its run lengths are for an image of \[3, 4\]"
     ):
         Segmentation(folder, "train2017")
 
