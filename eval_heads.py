@@ -68,7 +68,7 @@ def main() -> None:
 
     items = open_items(args.task, args)
     ranks.say(*items.notes)
-    scorer = scorer_of(args.task)(items, args)
+    scorer = open_scorer(args.task, items, args)
     if args.results:
         return report([scorer.read(path) for path in args.results], [], variants, scorer, items, args)
 
@@ -146,18 +146,26 @@ def score_row(split: str, metric: str, scores: dict, interval: tuple | None, n: 
 # intervals(before, after), of the latter -> {metric: (low, high) of the difference in percent points}
 
 
-def scorer_of(task: str):
+def open_scorer(task: str, items, args):
+    """Imports what scores this task, and nothing of the others."""
+    from heads import coco_results
+
     match task:
         case "detection":
-            return partial(AveragePrecision, "bbox")
+            return AveragePrecision("bbox", coco_results.box_results, items)
         case "segmentation":
-            return partial(AveragePrecision, "segm")
+            return AveragePrecision("segm", coco_results.mask_results, items)
         case "panoptic":
-            return PanopticQuality
+            from data.segmentation import read_segments
+            from scores import panoptic_quality
+
+            return PanopticQuality(read_segments, coco_results.write_panoptic, panoptic_quality, items, args)
         case "captioning":
-            return CaptionScores
+            from scores.captions import caption_scores
+
+            return CaptionScores(caption_scores, items, args)
         case "pose":
-            return partial(KeypointAveragePrecision, "keypoints")
+            return KeypointAveragePrecision("keypoints", coco_results.keypoint_results, items)
 
 
 class AveragePrecision:
@@ -165,12 +173,8 @@ class AveragePrecision:
 
     notes = ("AP by pycocotools",)
 
-    def __init__(self, kind: str, items, args):
-        from heads import coco_results
-
-        self.kind, self.items, self.categories = kind, items, items.categories
-        by_kind = {"bbox": "box_results", "segm": "mask_results", "keypoints": "keypoint_results"}
-        self.to_results = getattr(coco_results, by_kind[kind])
+    def __init__(self, kind: str, to_results, items):
+        self.kind, self.to_results, self.items, self.categories = kind, to_results, items, items.categories
 
     def keep(self, answer: dict, variant: str) -> list[dict]:
         return self.to_results([answer], self.categories)
@@ -204,33 +208,33 @@ class KeypointAveragePrecision(AveragePrecision):
 
 
 class PanopticQuality:
-    """PQ, SQ and RQ; each image is counted, and written to OUT as a PNG, as soon as it is predicted."""
+    """PQ, SQ and RQ; each image is counted, and written to OUT as a PNG, as soon as it is predicted.
+
+    read_segments, write_panoptic: PNGs in and out; quality: the module that counts and scores
+    """
 
     notes = ("PQ: our own count by COCO's rules; intervals: 95%, paired bootstrap over images",)
 
-    def __init__(self, items, args):
+    def __init__(self, read_segments, write_panoptic, quality, items, args):
+        self.read_segments, self.write_panoptic, self.quality = read_segments, write_panoptic, quality
         self.truth, self.image_ids, self.categories = items.truth, items.image_ids, items.categories
         self.pngs, self.out, self.seed = items.annotations.with_suffix(""), Path(args.out), args.seed
 
     def keep(self, answer: dict, variant: str) -> tuple[dict, np.ndarray]:
-        from heads.coco_results import write_panoptic
-
         counts = self.count(answer, answer["segments"].cpu().numpy())
         folder = self.out / f"predictions_{variant}"
         folder.mkdir(parents=True, exist_ok=True)
-        return write_panoptic(answer, folder), counts
+        return self.write_panoptic(answer, folder), counts
 
     def count(self, predicted: dict, segments: np.ndarray) -> np.ndarray:
-        from data.segmentation import read_segments
-        from scores.panoptic_quality import image_counts
-
         if predicted["image_id"] not in self.truth:
             what = "1 images are predicted for, but are not in the annotations"
             raise ValueError(f"{what}: {predicted['image_id']}")
         truth = self.truth[predicted["image_id"]]
         png, infos = self.pngs / truth["file_name"], (truth["segments_info"], predicted["segments_info"])
         try:
-            return image_counts(read_segments(png), infos[0], segments, infos[1], self.categories)
+            true = self.read_segments(png)
+            return self.quality.image_counts(true, infos[0], segments, infos[1], self.categories)
         except ValueError as error:
             raise ValueError(f"{png}: {error}") from error
 
@@ -243,29 +247,25 @@ class PanopticQuality:
         return {"annotations": read_panoptic_results(path, self.image_ids)}
 
     def score(self, predictions: dict, kept=None, folder: Path | None = None) -> tuple[dict, np.ndarray]:
-        from data.segmentation import read_segments
-        from scores.panoptic_quality import panoptic_quality
-
         annotations = predictions["annotations"]
         if missing := set(self.image_ids) - {a["image_id"] for a in annotations}:
             raise ValueError(f"{len(missing)} images have no prediction: {min(missing)}")
         if kept is None:
-            kept = [(a, self.count(a, read_segments(folder / a["file_name"]))) for a in annotations]
+            kept = [(a, self.count(a, self.read_segments(folder / a["file_name"]))) for a in annotations]
         counts = [counts for _, counts in kept]  # n of (C, 4)
-        scores = panoptic_quality(sum(counts), self.categories)
+        scores = self.quality.panoptic_quality(sum(counts), self.categories)
         return {k: 100 * float(v) for k, v in scores.items()}, np.stack(counts)
 
     def intervals(self, before: np.ndarray, after: np.ndarray) -> dict:
-        from scores.panoptic_quality import paired_intervals
-
-        ends = paired_intervals(before, after, self.categories, self.seed)
+        ends = self.quality.paired_intervals(before, after, self.categories, self.seed)
         return {metric: (100 * low, 100 * high) for metric, (low, high) in ends.items()}
 
 
 class CaptionScores:
     """CIDEr and BLEU-4 of the captions that the head decodes."""
 
-    def __init__(self, items, args):
+    def __init__(self, caption_scores, items, args):
+        self.caption_scores = caption_scores
         self.references = {i: items.truth[i] for i in items.image_ids}
         self.notes, self.seed = [], args.seed
 
@@ -281,9 +281,7 @@ class CaptionScores:
         return [{"image_id": image_id, "caption": caption} for image_id, caption in pairs]
 
     def score(self, predictions: list[dict], kept=None, folder=None) -> tuple[dict, list[float]]:
-        from scores.captions import caption_scores
-
-        scores = caption_scores(self.references, {p["image_id"]: p["caption"] for p in predictions})
+        scores = self.caption_scores(self.references, {p["image_id"]: p["caption"] for p in predictions})
         self.notes, per_image = scores.pop("notes"), scores.pop("per_image")
         names = {"cider": "CIDEr", "bleu4": "BLEU-4"}  # not without Java
         return {names.get(k, k): 100 * v for k, v in scores.items()}, list(per_image.values())

@@ -76,7 +76,7 @@ def loops(task: str, backbone, folder: Path, args) -> dict[str, list[float]]:
     items.patch = backbone.patch
     torch.manual_seed(0)
     head = tasks.find(task).Head(backbone.dim, items.categories).eval()
-    scorer = eval_heads.scorer_of(task)(items, options)
+    scorer = eval_heads.open_scorer(task, items, options)
     collate = partial(items.collate, patch=backbone.patch, mean=backbone.mean, std=backbone.std)
     batches = [collate([items[i % len(items)]]) for i in range(args.rounds + 1)]
     seconds = {"bare": [], "evaluation": []}

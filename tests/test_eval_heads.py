@@ -19,7 +19,7 @@ import tasks
 from data import persons, stream, validation
 from data.captions import Captions
 from data.segmentation import Segmentation, read_segments
-from scores import captions
+from scores import captions, panoptic_quality
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -37,7 +37,7 @@ def read(*parts: str):
 def truth(task: str, folder: Path, split: str = "val2017", categories=None) -> tuple:
     """A scorer for a task and the answers that a perfect head would give."""
     items = persons.PersonBoxes(folder, split) if task == "pose" else validation.Images(folder, task, split)
-    return items, eval_heads.scorer_of(task)(items, Namespace(out=".", seed=0))
+    return items, eval_heads.open_scorer(task, items, Namespace(out=".", seed=0))
 
 
 def scored(scorer, kept: list) -> tuple:
@@ -108,6 +108,7 @@ def test_panoptic_truth_against_itself_scores_100(real_coco, tmp_path):
 def test_the_panoptic_interval_is_paired():
     """However unlike the images are: none of that is in the difference of a run from itself."""
     scorer = eval_heads.PanopticQuality.__new__(eval_heads.PanopticQuality)
+    scorer.quality = panoptic_quality
     scorer.categories, scorer.seed = [{"id": 1, "name": "sky", "isthing": False}], 0
     counts = np.array([[[0.9, 1, 0, 0]], [[0, 0, 5, 5]], [[0.6, 1, 3, 0]]])  # (n, C, 4)
     assert scorer.intervals(counts, counts)["PQ"] == (0, 0)

@@ -561,7 +561,7 @@ def eval_segments(folder: Path) -> list:
     from data.segmentation import read_segments
 
     items = items_of("panoptic", folder)
-    scorer, found = eval_heads.PanopticQuality(items, SimpleNamespace(out=folder, seed=0)), []
+    scorer, found = eval_heads.open_scorer("panoptic", items, SimpleNamespace(out=folder, seed=0)), []
     names = {c["id"]: c["name"] for c in items.categories}
     for image_id, truth in items.truth.items():
         ids = read_segments(items.annotations.with_suffix("") / truth["file_name"])
@@ -1000,7 +1000,7 @@ def again(task: str, kept: dict) -> Callable:
         args = options(folder, out=folder)
         if task not in kept:
             kept[task] = validation.open_items(task, args)
-        scorer = eval_heads.scorer_of(task)(kept[task], args)
+        scorer = eval_heads.open_scorer(task, kept[task], args)
         path = folder / "results.json"
         results = scorer.read(path)
         try:
