@@ -19,6 +19,9 @@ from ranks import launch
 from tests.stages import ROOT, stage1
 
 SHARED = Path(os.environ.get("VISFT_DATA") or ROOT.parent / "shared" / "data")  # the real data
+needs_real_data = pytest.mark.skipif(
+    not SHARED.is_dir(), reason=f"needs the real data, which is not in {SHARED}: set VISFT_DATA"
+)
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
 
 

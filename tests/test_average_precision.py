@@ -6,16 +6,14 @@ from pathlib import Path
 import pytest
 
 from scores.average_precision import average_precision
-
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data, which is not here")
+from tests.conftest import SHARED, needs_real_data
 
 
 def read(*parts: str):
     return json.loads((SHARED / Path(*parts)).read_text())
 
 
-@needs_shared
+@needs_real_data
 def test_published_box_figures_come_out():
     results = read("detection_eval", "results", "instances_val2014_fakebbox100_results.json")
     expected = read("detection_eval", "expected.json")["instances_val2014_fakebbox100_results.json"]

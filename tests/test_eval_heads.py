@@ -22,13 +22,7 @@ from data.segmentation import Segmentation, read_segments
 from scores import captions, panoptic_quality
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared" / "data"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data, which is not here")
 MINI = ("--model", "eva_mini", "--weights", "random", "--workers", 0, "--image-scale", 0.2)
-
-
-def read(*parts: str):
-    return json.loads((SHARED / Path(*parts)).read_text())
 
 
 # --- average precision

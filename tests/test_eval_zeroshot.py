@@ -9,7 +9,6 @@ import open_clip
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import SHARED
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -20,6 +19,7 @@ import lora
 from clip import Clip, _architecture
 from data import zeroshot
 from ranks import Ranks
+from tests.conftest import SHARED
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = {"red": "a red thing", "green": "a green thing", "blue": "a blue thing", "grey": "something grey"}

@@ -7,16 +7,14 @@ import numpy as np
 import pytest
 
 from scores.captions import caption_scores, has_java, ptb_tokens
-
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data, which is not here")
+from tests.conftest import SHARED, needs_real_data
 
 
 def read(*parts: str):
     return json.loads((SHARED / Path(*parts)).read_text())
 
 
-@needs_shared
+@needs_real_data
 @pytest.mark.skipif(not has_java(), reason="needs Java")
 def test_published_caption_figures_come_out(capfd):
     expected = read("caption_eval", "expected.json")

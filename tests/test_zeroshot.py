@@ -9,13 +9,13 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from conftest import SHARED
 from PIL import Image
 from torchvision.datasets import CIFAR10, ImageFolder, cifar
 from torchvision.transforms import PILToTensor
 
 from data import zeroshot
 from data.pictures import Pictures
+from tests.conftest import SHARED
 
 WNIDS_A = ["n01498041", "n01531178", "n01534433", "n01558993"]  # stingray, goldfinch, junco, robin
 
