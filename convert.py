@@ -14,12 +14,12 @@ import argparse
 import json
 import re
 import shutil
+from functools import cache
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 import files
 import lora
@@ -30,11 +30,6 @@ from ranks import launch
 
 # Width and number of blocks -> --model
 MODELS = {(1408, 40): "eva_g", (1408, 39): "eva_g_blip2", (1792, 64): "eva_e", (192, 6): "eva_mini"}
-COCO = [  # torchvision lists COCO's names by category id
-    {"id": i, "name": name}
-    for i, name in enumerate(FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"])
-    if name not in ("__background__", "N/A")
-]
 
 # The authors' names (after `visft_heads.`) -> ours. Every tensor goes over as it is, but for those in `adapt`
 RELEASE = {
@@ -113,6 +108,16 @@ def main() -> None:
 # --- import
 
 
+@cache
+def coco_categories() -> list[dict]:
+    """COCO's 80, which torchvision lists by category id."""
+    # A second that --help need not wait
+    from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
+
+    names = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+    return [{"id": i, "name": name} for i, name in enumerate(names) if name not in ("__background__", "N/A")]
+
+
 def import_(args: argparse.Namespace) -> None:
     """Recognise SRC, check it, write DST."""
     src, dst = Path(args.src), Path(args.dst)
@@ -186,7 +191,7 @@ def import_head(state: dict[str, Tensor], task: str, args: argparse.Namespace) -
     name = args.model or next((m for (width, _), m in MODELS.items() if width == dim), None)
     if name is None:
         raise ValueError(f"{args.src}: features of width {dim} are of no known model: pass --model")
-    arguments = {"categories": COCO, "eq2_h": False} if task == "segmentation" else {"categories": COCO}
+    arguments = {"categories": coco_categories()} | ({"eq2_h": False} if task == "segmentation" else {})
     if task == "captioning":
         arguments = {"vocabulary": vocabulary(args.words, len(found.get("embedding.weight", ())))}
     head = tasks.find(task).Head(dim, **arguments)
@@ -218,7 +223,7 @@ def adapt(found: dict[str, Tensor], task: str) -> list[str]:
         told = ["classes 0..78 are its logits 1..79; toothbrush, which it trained as no-object, its unused 0"]
         found |= {k: found[k].squeeze(0) for k in ("encoder_level", "decoder_level") if k in found}
     else:
-        rows = [*(c["id"] for c in COCO), 91]
+        rows = [*(c["id"] for c in coco_categories()), 91]
         told = ["92 logits by category id -> 80 categories and no-object", "left out: task table's rows 1.."]
         found |= {k: found[k][0] for k in ("task_token",) if k in found}
     for name in ("class_embed.weight", "class_embed.bias"):
