@@ -102,9 +102,8 @@ def main() -> None:
     # --- save
     if ranks.rank == 0:
         predictions = [scorer.predictions(answers[variant]) for variant in variants]
-        for variant, content in zip(
-            variants, predictions, strict=True
-        ):  # first: a failed scoring loses nothing
+        # Before they are scored: a failed scoring loses nothing
+        for variant, content in zip(variants, predictions, strict=True):
             files.write(Path(args.out) / f"predictions_{variant}.json", json.dumps(content))
         kept = [answers[variant] for variant in variants]
         report(predictions, kept, variants, scorer, items, args, [str(head_file), args.weights, args.lora])

@@ -266,15 +266,11 @@ def _to_8_bits(image: Image.Image) -> np.ndarray:
     values = np.asarray(image, np.float64)
     low, high = values.min(), values.max()
     most = 1 if image.mode == "F" else MOST_16
-    if image.mode == "I" and image.format not in (
-        "PNG",
-        "PPM",
-    ):  # 32 bits, of which who knows how many are used
+    # 32 bits, of which who knows how many are used
+    if image.mode == "I" and image.format not in ("PNG", "PPM"):
         raise ValueError(f"32-bit whole numbers from {low:g} to {high:g}: store it with 8 or 16 bits")
     if not (low >= 0 and high <= most):
-        raise ValueError(
-            f"numbers from {low:g} to {high:g}, expected 0 to {most}: store it with 8 or 16 bits"
-        )
+        raise ValueError(f"numbers from {low:g} to {high:g}, expected 0 to {most}: store it in 8 or 16 bits")
     return (values * (255 / most) + 0.5).astype(np.uint8)
 
 

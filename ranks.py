@@ -38,10 +38,9 @@ class Ranks:
 
     def seed(self, seed: int, step: int) -> None:
         """What follows depends on these alone. Call it after fetching data: a new loader draws numbers."""
-        place = (
-            f"{seed} {step * self.world + self.rank}"  # hashed, as a CPU's generator looks at 32 bits alone
-        )
-        torch.manual_seed(int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "little"))
+        # Hashed, as a CPU's generator looks at 32 bits alone
+        place = hashlib.sha256(f"{seed} {step * self.world + self.rank}".encode()).digest()
+        torch.manual_seed(int.from_bytes(place[:8], "little"))
 
     def free_memory(self) -> float:
         """Bytes of this rank's GPU that a step may take, less a part for fragments; none on a CPU."""

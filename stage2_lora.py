@@ -99,9 +99,7 @@ def main() -> None:
         # What is not trained by gradient, too: running means
         trained |= {f"{task}.{name}": value for name, value in head.state_dict().items()}
         T[task] = training.parallel(head, ranks.device)
-    moments = 8 * sum(
-        p.numel() for group in groups for p in group["params"]
-    )  # AdamW's, from the first step on
+    moments = 8 * sum(p.numel() for group in groups for p in group["params"])  # AdamW's, bytes
     backbone.memory = ranks.free_memory() - moments
 
     # --- optimizer

@@ -257,9 +257,7 @@ class Log:
 
     def __init__(self, out: Path, first: int, iters: int, every: int):
         self.every, self.averages = every, {}
-        self.pending: list[
-            tuple[int, str, list, list[str], Tensor]
-        ] = []  # step, task, image ids, names, values
+        self.pending: list[tuple] = []  # step, task, image ids, names, values
         self.skipped = self.images = 0
         self.waited, self.since = 0.0, time.perf_counter()
         self.path = out / "log.jsonl" if dist.get_rank() == 0 else None

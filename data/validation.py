@@ -133,11 +133,8 @@ def read_results(path: str | Path, kind: str, truth: dict) -> list[dict]:
             check(results, sizes[rows])
             found = [code(outline, *sizes[row].tolist()) for outline, row in zip(found, rows, strict=True)]
         case "keypoints":
-            key, found, n = (
-                "keypoints",
-                results.column("keypoints", list),
-                3 * len(categories[0]["keypoints"]),
-            )
+            key, found = "keypoints", results.column("keypoints", list)
+            n = 3 * len(categories[0]["keypoints"])
             for k, values in enumerate(found):
                 if len(values) != n or not {int, float}.issuperset(map(type, values)):
                     results.refuse(k, f"keypoints must be {n} numbers, got {shown(values)}")
