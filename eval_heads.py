@@ -33,7 +33,7 @@ def main() -> None:
     add("--head", default="out", help="a head file, or a folder with [TASK/]TASK.safetensors")
     add("--coco", default="coco", help="folder that holds annotations/ and val2017/")
     add("--split", default="val2017", help="which of its images and annotations")
-    add("--image-scale", type=float, default=1.0, help="times the release's sizes, as the head was trained")
+    tasks.add_size_options(add, ", as the head was trained")  # --image-scale, --size
     add("--persons", metavar="FILE", help="pose: a detector's boxes, COCO results (default: the true boxes)")
     add_backbone_options(p)  # --model, --weights, --no-cls, --imagenet-norm
     again = "score these predictions instead of asking a head: [before] after"
@@ -42,11 +42,10 @@ def main() -> None:
     args = p.parse_args()
     args.out = args.out or f"out/eval_{args.task}"
     if args.results:
-        names = "head model weights lora compare limit persons no_cls imagenet_norm image_scale"
+        names = "head model weights lora compare limit persons no_cls imagenet_norm image_scale size"
         refuse_unused(args, p, names, "with --results: no head is asked")
     variants = evaluation.check_options(args)
-    if not 0 < args.image_scale <= 2:
-        raise ValueError(f"--image-scale must be in (0, 2], got {args.image_scale}")
+    tasks.check_size(args)
     if args.persons and args.task != "pose":
         raise ValueError(f"--persons is for --task pose, not {args.task}")
     if args.persons and not Path(args.persons).is_file():
@@ -57,7 +56,7 @@ def main() -> None:
             raise FileNotFoundError(f"--results {missing[0]}: no such file, or more than two")
     else:
         check_backbone_options(args)
-        head_file = tasks.find_head([args.head], args.task, backbone_settings(args))
+        head_file = tasks.find_head([args.head], args.task, backbone_settings(args) | {"size": args.size})
     annotation_file(args.coco, tasks.find(args.task).kind, args.split)
 
     # --- setup

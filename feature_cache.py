@@ -13,11 +13,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import evaluation
 import lora
+from backbone import Features
 from data.stream import collate
+from files import BadImage
 from ranks import Ranks, to_device
 
 MADE = 1  # count up when pictures or features are made in another way: older caches are then not used
@@ -63,6 +66,37 @@ def features(
             path.with_suffix(".json").write_text(json.dumps(made_of, indent=1))
         dist.barrier()
     return np.load(path, mmap_mode="r")
+
+
+def of_stream(args, stream, backbone, ranks: Ranks) -> np.ndarray:
+    """M's patch tokens of every image of a training stream, (n, D, H, W); a stream of fixed --size."""
+    side = -(-args.size // backbone.patch)
+    shape = (backbone.dim, side, side)
+    return features(args, Rows(stream, backbone.patch), backbone, ranks, "", lambda f: f.grid, shape)
+
+
+def look_up(kept: np.ndarray, stream, y: list[dict], ranks: Ranks) -> Features:
+    """What M says of a batch; heads do not look at [CLS]."""
+    at = np.searchsorted(stream.rows, [t["row"] for t in y])
+    return Features(None, torch.from_numpy(kept[at]).to(ranks.device), None)  # grid (B, D, H, W)
+
+
+class Rows(Dataset):
+    """The images of a stream, each once, in the order of stream.rows."""
+
+    def __init__(self, stream, patch: int):
+        self.stream, self.patch = stream, patch
+        self.fingerprint = f"{stream.task} {stream.fingerprint}"
+
+    def __len__(self) -> int:
+        return len(self.stream.rows)
+
+    def __getitem__(self, i: int):
+        try:
+            image, target = self.stream.read(int(self.stream.rows[i]), self.patch)
+        except BadImage as error:
+            return error
+        return image, {"image_id": i, "size": target["size"]}
 
 
 def reserve(path: Path, shape: tuple[int, ...]) -> None:

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import torch
 
+import feature_cache
 import files
 import tasks
 import training
 from backbone import add_backbone_options, backbone_settings, check_backbone_options, open_backbone
 from data.stream import batches
-from ranks import add_process_options, launch, start, to_device
+from ranks import add_process_options, launch, refuse_unused, start, to_device
 
 
 def main() -> None:
@@ -30,6 +31,9 @@ def main() -> None:
     p.add_argument("--batch", type=int, help="images per process and step (Sec. 4.2: 1; captioning 32)")
     p.add_argument("--lr", type=float, help="peak learning rate (Sec. 4.2: 5e-5; captioning 4e-4)")
     p.add_argument("--out", help="folder for all that this run writes (default: out/TASK)")
+    kept = "keep M's features of the images in this folder: M sees each but once; needs --size"
+    p.add_argument("--cache", metavar="DIR", help=kept)
+    tasks.add_head_options(p)  # --queries, --layers, --points, --dropout
     add_backbone_options(p)  # --model, --weights, --no-cls, --imagenet-norm
     training.add_options(p)  # --coco and what of it is used; --warmup, --resume, --save-every, --compile, ...
     add_process_options(p)  # --backbone-dtype, --workers, --seed
@@ -42,6 +46,11 @@ def main() -> None:
     training.check_options(args)
     if args.batch < 1:
         raise ValueError(f"--batch must be at least 1, got {args.batch}")
+    if args.cache and not args.size:
+        raise ValueError("--cache needs --size: augmented images are never twice the same")
+    if args.cache:
+        refuse_unused(args, p, "skip_bad_images", "with --cache, which needs every image")
+    sizes = tasks.head_sizes(args.task, args)
     check_backbone_options(args)
     tasks.annotations(args.task, args)
 
@@ -58,7 +67,7 @@ def main() -> None:
         backbone.compile_blocks()
     # Alg. 1, line 1: initialize an in-domain task head T_n and freeze M (a Backbone is always frozen)
     torch.manual_seed(args.seed)
-    head = task.Head(backbone.dim, dataset.classes).to(ranks.device).train()
+    head = task.Head(backbone.dim, dataset.classes, **sizes).to(ranks.device).train()
     trained = dict(head.named_parameters())
     T = training.parallel(head, ranks.device)
 
@@ -69,10 +78,11 @@ def main() -> None:
     # --- resume
     state = head.state_dict()  # also what is not trained by gradient: running means
     made_of = {"data": dataset.fingerprint, "M": files.fingerprint(args.weights)}
-    run = training.Checkpoint(out, args, state, optimizer, scaler, made_of, training.MAY_CHANGE)
+    run = training.Checkpoint(out, args, state, optimizer, scaler, made_of, training.MAY_CHANGE | {"cache"})
     first = run.load() if args.resume else 0
     log = training.Log(out, first, args.iters, args.log_every)
     log.say(dataset.notes)
+    kept = feature_cache.of_stream(args, dataset, backbone, ranks) if args.cache else None  # (n, D, H, W)
     stream = batches(dataset, args.batch, backbone, ranks, first, args.workers)
 
     # --- loop
@@ -84,7 +94,8 @@ def main() -> None:
         ranks.seed(args.seed, step)  # dropout, the same when resumed
 
         with torch.no_grad(), ranks.autocast():
-            f = backbone(images, valid)  # Alg. 1, line 3: extract feature f = M(x) for input x
+            # Alg. 1, line 3: extract feature f = M(x) for input x
+            f = backbone(images, valid) if kept is None else feature_cache.look_up(kept, dataset, y, ranks)
 
         loss, parts = T(f, y)  # Alg. 1, line 4: minimize L_n(y, T_n(f)) on D to obtain T_n*
         parts["grad_norm"] = training.minimize(loss, optimizer, scaler)
@@ -95,7 +106,7 @@ def main() -> None:
         # --- save
         if save:  # the checkpoint last: what is resumed from it is complete
             if ranks.rank == 0:
-                header = dict(step=step + 1, **backbone_settings(args))
+                header = dict(step=step + 1, size=args.size, **backbone_settings(args))
                 tasks.save_head(head, out / f"{args.task}.safetensors", args.task, **header)
             run.save(step + 1)
     log.say([f"{out / args.task}.safetensors: T* after {args.iters} steps"])

@@ -62,7 +62,8 @@ def main() -> None:
         raise ValueError("--rank must be at least 1, --lora-alpha positive, --head-lr-ratio at least 0")
     if args.checkpoint_blocks != "auto" and not args.checkpoint_blocks.isdecimal():
         raise ValueError(f"--checkpoint-blocks {args.checkpoint_blocks}: expected auto or a number of blocks")
-    head_files = {t: tasks.find_head(args.heads, t, backbone_settings(args)) for t in args.tasks}
+    known = backbone_settings(args) | {"size": args.size}  # what both stages must agree on
+    head_files = {t: tasks.find_head(args.heads, t, known) for t in args.tasks}
     for task in args.tasks:
         tasks.annotations(task, args)
 

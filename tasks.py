@@ -10,11 +10,13 @@ of pose's crops (data.pose.person_crop): image_id, crop_cxcywh and score of the 
 """
 
 import argparse
+import inspect
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from torch import nn
 
 import files
@@ -90,10 +92,56 @@ def open_streams(names: list[str], args: argparse.Namespace) -> dict[str, Stream
 def open_stream(task: str, args: argparse.Namespace, read: Callable = read) -> Stream:
     """A task's training stream as the options of both stages describe it."""
     exclude = read_ids(args.exclude_images) if args.exclude_images else set()
-    options = dict(scale=args.image_scale, fraction=args.data_fraction, exclude=exclude, read=read)
+    options = dict(scale=args.image_scale, size=args.size, fraction=args.data_fraction)
+    options |= dict(exclude=exclude, read=read)
     if task == "captioning":
         options |= dict(captions=args.captions, min_count=args.min_count)
     return find(task).Stream(args.coco, args.split, args.seed, **options, skip_bad=args.skip_bad_images)
+
+
+# --- sizes of heads
+
+
+def add_head_options(p: argparse.ArgumentParser) -> None:
+    add = p.add_argument_group("sizes of the head, which its file keeps").add_argument
+    add("--queries", type=int, help="detection, segmentation, panoptic (Sec. 4.2: 100)")
+    layers = "of encoder and decoder: detection (Sec. 4.2: 6 6), segmentation, panoptic (6 9)"
+    add("--layers", type=int, nargs=2, metavar=("ENC", "DEC"), help=layers)
+    add("--points", type=int, help="segmentation, panoptic: of a mask, in the loss (Mask2Former: 12544)")
+    add("--dropout", type=float, help="detection (the release: 0.1), captioning (0.5)")
+
+
+def head_sizes(task: str, args: argparse.Namespace) -> dict:
+    """The sizes that were given. Raises ValueError for those that the task's head does not have."""
+    given = {k: getattr(args, k) for k in ("queries", "layers", "points", "dropout")}
+    given = {k: value for k, value in given.items() if value is not None}
+    if other := given.keys() - inspect.signature(find(task).Head).parameters:
+        raise ValueError(f"--{min(other)} has no effect on the head of {task}")
+    for name, value in given.items():
+        if name != "dropout" and np.min(value) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}")
+    if not 0 <= given.get("dropout", 0) < 1:
+        raise ValueError(f"--dropout must be in [0, 1), got {given['dropout']}")
+    return given
+
+
+# --- sizes of images
+
+
+def add_size_options(add: Callable, as_trained: str = "") -> None:
+    """add: add_argument of a parser or of one of its groups."""
+    add("--image-scale", type=float, default=1.0, help=f"times the release's sizes{as_trained}")
+    squashed = "squash every image to a square of so many px, not augmented: not the paper's"
+    add("--size", type=int, metavar="PX", help=squashed + as_trained)
+
+
+def check_size(args: argparse.Namespace) -> None:
+    if not 0 < args.image_scale <= 2:
+        raise ValueError(f"--image-scale must be in (0, 2], got {args.image_scale}")
+    if args.size is not None and args.size < 2:
+        raise ValueError(f"--size must be at least 2, got {args.size}")
+    if args.size is not None and args.image_scale != 1:
+        raise ValueError("--image-scale has no effect with --size, which is the same for all tasks")
 
 
 # --- head files

@@ -64,8 +64,7 @@ def main() -> None:
                 "--size", type=int, help="side that images are squashed to (default: the model's own)"
             )
         else:
-            scale = "times the release's sizes, as the heads were trained"
-            q.add_argument("--image-scale", type=float, default=1.0, help=scale)
+            tasks.add_size_options(q.add_argument, ", as the heads were trained")  # --image-scale, --size
             persons = "pose: boxes, COCO results; an image's id is its name (default: the whole image is one)"
             q.add_argument("--persons", type=Path, metavar="FILE", help=persons)
             q.add_argument(
@@ -108,8 +107,8 @@ def check_options(args: argparse.Namespace) -> None:
     for name in ("size", "limit"):
         if getattr(args, name, None) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if args.kind == "predict" and not 0 < args.image_scale <= 2:
-        raise ValueError(f"--image-scale must be in (0, 2], got {args.image_scale}")
+    if args.kind == "predict":
+        tasks.check_size(args)
     args.lora = args.compare or (None if args.lora == "none" else args.lora)
     check_backbone_options(args)
     if args.lora:
@@ -243,14 +242,14 @@ def predict(backbone: Backbone, set_M, variants: list[str], pictures: dict[Path,
 
     persons = read_persons(args.persons) if args.persons else None
     for task in args.tasks:
-        path = tasks.find_head(args.heads, task, backbone_settings(args))
+        path = tasks.find_head(args.heads, task, backbone_settings(args) | {"size": args.size})
         head = tasks.load_head(path, backbone.dim).to(next(backbone.parameters()).device)
         for file, name in pictures.items():
             pixels, answers = files.read_picture(file), {}
             if task == "pose":
-                samples = crops(pixels, file, persons, backbone.patch, args.image_scale)
+                samples = crops(pixels, file, persons, backbone.patch, args)
             else:
-                image, target = prepare(pixels, task, backbone.patch, args.image_scale)
+                image, target = prepare(pixels, task, backbone.patch, args.image_scale, args.size)
                 samples = [(image, {"image_id": 0, **target})]
             for variant in variants:
                 set_M(variant)
@@ -290,7 +289,7 @@ def read_persons(path: Path) -> dict[int | str, list[tuple[list[float], float]]]
     return found
 
 
-def crops(pixels: Tensor, file: Path, persons: dict | None, patch: int, scale: float) -> list[tuple]:
+def crops(pixels: Tensor, file: Path, persons: dict | None, patch: int, args) -> list[tuple]:
     """What the pose head is to see of each person. Raises ValueError if the file's name is no image id."""
     from data.pose import person_crop
 
@@ -302,7 +301,7 @@ def crops(pixels: Tensor, file: Path, persons: dict | None, patch: int, scale: f
         raise ValueError(
             f"{file}: --persons goes by image ids, and this name is none (000000000139.jpg: 139)"
         )
-    made = [(person_crop(pixels, box, patch, scale), score) for box, score in boxes]
+    made = [(person_crop(pixels, box, patch, args.image_scale, args.size), score) for box, score in boxes]
     return [(crop, {**target, "image_id": 0, "score": score}) for (crop, target), score in made]
 
 

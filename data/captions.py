@@ -114,7 +114,7 @@ class Captions(Stream):
 
     def __init__(
         self, coco, split, seed=0, scale=1.0, fraction=1.0, exclude=frozenset(), skip_bad=False,
-        read=read, captions=None, min_count=6,
+        read=read, captions=None, min_count=6, size=None,
     ):  # fmt: skip
         path = captions
         if captions:
@@ -129,7 +129,7 @@ class Captions(Stream):
         kept = sorted(((row, words) for row, words in read if words), key=lambda one: one[0])
         long = sum(len(words) > MOST_WORDS for _, words in kept)
         self._keep(images, kept)
-        self.folder, self.scale = Path(coco), scale
+        self.folder, self.scale, self.size = Path(coco), scale, size
         self.notes = [
             f"{path}: {len(self.ids)} images, {len(kept)} captions, {len(self.vocabulary)} tokens; "
             f"left out: {len(images) - len(self.ids)} images without captions, {len(read) - len(kept)} empty "
@@ -161,7 +161,7 @@ class Captions(Stream):
         return self.vocabulary
 
     def sample(self, image: Tensor, row: int, patch: int) -> tuple[Tensor, dict]:
-        side = max(1, round(self.scale * SIDE / patch)) * patch
+        side = self.size or max(1, round(self.scale * SIDE / patch)) * patch
         k = int(torch.randint(int(self.first[row]), int(self.first[row + 1]), ()))
         tokens = torch.from_numpy(self.tokens[self.ends[k] : self.ends[k + 1]].astype(np.int64))
         return TF.resize(image, [side, side], antialias=True), {"tokens": tokens}

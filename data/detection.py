@@ -55,7 +55,8 @@ class Detection(Stream):
     task = "detection"
 
     def __init__(
-        self, coco, split, seed=0, scale=1.0, fraction=1.0, exclude=frozenset(), skip_bad=False, read=read
+        self, coco, split, seed=0, scale=1.0, fraction=1.0, exclude=frozenset(), skip_bad=False, read=read,
+        size=None,
     ):  # fmt: skip
         data = self.data = read_instances(coco, split, read=read)
         self.folder, self.ids, self.names, self.sizes = Path(coco) / split, data.ids, data.names, data.sizes
@@ -64,7 +65,7 @@ class Detection(Stream):
             data.notes,
             (data.boxes_xyxy, data.labels),
         )
-        self.augment = DetectionAugmentation(scale)
+        self.augment = v2.Resize((size, size)) if size else DetectionAugmentation(scale)
         self.choose(seed, fraction, exclude, skip_bad, np.diff(data.first))
 
     def sample(self, image: Tensor, row: int, patch: int) -> tuple[Tensor, dict]:

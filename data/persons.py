@@ -21,7 +21,7 @@ class PersonBoxes(Dataset):
     truth: what pycocotools is to score against
     """
 
-    def __init__(self, coco, split, scale=1.0, limit=None, boxes=None):
+    def __init__(self, coco, split, scale=1.0, limit=None, boxes=None, size=None):
         self.annotations = annotation_file(coco, "person_keypoints", split)
         file = read(self.annotations)
         data = read_persons(coco, split, read=lambda _: file)
@@ -37,7 +37,8 @@ class PersonBoxes(Dataset):
         if not boxes and not len(self.rows):
             why = f"{self.annotations}: no person with keypoints in {len(self.image_ids)} images"
             raise ValueError("; ".join([why, *data.notes[1:]]))
-        self.data, self.folder, self.scale, self.patch = data, Path(coco) / split, scale, 1
+        self.data, self.folder, self.scale, self.size = data, Path(coco) / split, scale, size
+        self.patch = 1
         self.notes = [*data.notes, f"boxes of the persons: {boxes or 'the true ones'}"]
 
     def __len__(self) -> int:
@@ -49,7 +50,7 @@ class PersonBoxes(Dataset):
             image = read_picture(self.folder / self.data.names[row], tuple(self.data.sizes[row].tolist()))
         except BadImage as error:
             return error
-        crop, target = person_crop(image, self.data.boxes_xywh[row], self.patch, self.scale)
+        crop, target = person_crop(image, self.data.boxes_xywh[row], self.patch, self.scale, self.size)
         known = {"item": i, "image_id": self.data.ids[row].item(), "score": float(self.data.scores[row])}
         return crop, {**target, **known}
 

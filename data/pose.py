@@ -128,9 +128,9 @@ def mirror(names: list[str]) -> list[int]:
 # --- crops
 
 
-def crop_size(patch: int, scale: float = 1.0) -> tuple[int, int]:
+def crop_size(patch: int, scale: float = 1.0, square: int | None = None) -> tuple[int, int]:
     """(h, w) of a crop in pixels."""
-    return tuple(max(2, round(scale * side)) * patch for side in GRID)
+    return (square, square) if square else tuple(max(2, round(scale * side)) * patch for side in GRID)
 
 
 def region(box_xywh, aspect: float, padding: float = PADDING) -> np.ndarray:
@@ -176,7 +176,8 @@ class Pose(Stream):
     task = "pose"
 
     def __init__(
-        self, coco, split, seed=0, scale=1.0, fraction=1.0, exclude=frozenset(), skip_bad=False, read=read
+        self, coco, split, seed=0, scale=1.0, fraction=1.0, exclude=frozenset(), skip_bad=False, read=read,
+        size=None,
     ):  # fmt: skip
         data = self.data = read_persons(coco, split, read)
         self.folder, self.ids, self.names, self.sizes = Path(coco) / split, data.ids, data.names, data.sizes
@@ -184,12 +185,15 @@ class Pose(Stream):
         self.annotations = (data.boxes_xywh, data.keypoints)
         names = data.categories[0]["keypoints"]
         self.upper = np.array([not any(part in n for part in ("hip", "knee", "ankle")) for n in names])
-        self.scale = scale
+        self.scale, self.size = scale, size
         self.choose(seed, fraction, exclude, skip_bad)
 
     def sample(self, image: Tensor, row: int, patch: int) -> tuple[Tensor, dict]:
-        size = crop_size(patch, self.scale)
+        size = crop_size(patch, self.scale, self.size)
         points, box = self.data.keypoints[row], self.data.boxes_xywh[row]
+        if self.size:
+            crop = region(box, 1.0)
+            return warp(image, crop, size), {"keypoints": torch.from_numpy(to_crop(points, crop, size))}
         crop = self.half_body(points, size[1] / size[0])
         crop = region(box, size[1] / size[0]) if crop is None else crop
         if torch.rand(()) < 0.5:
@@ -216,9 +220,9 @@ class Pose(Stream):
         return region(np.concatenate([part.mean(0) - sides / 2, sides]), aspect, padding=1.5)
 
 
-def person_crop(image: Tensor, box_xywh, patch: int, scale: float = 1.0) -> tuple[Tensor, dict]:
+def person_crop(image: Tensor, box_xywh, patch: int, scale: float = 1.0, square=None) -> tuple[Tensor, dict]:
     """The crop that the pose head wants of a person's box in image (3, H, W) uint8, and what it must know."""
-    size = crop_size(patch, scale)
+    size = crop_size(patch, scale, square)
     crop = region(box_xywh, size[1] / size[0])
     known = {"orig_size": tuple(image.shape[1:]), "size": size, "score": 1.0}
     return warp(image, crop, size), {**known, "crop_cxcywh": torch.from_numpy(crop)}

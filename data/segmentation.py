@@ -45,11 +45,16 @@ class Jitter:
         scale = float(torch.empty(()).uniform_(0.1, 2.0)) * side / max(height, width)
         size = tuple(max(1, round(scale * s)) for s in (height, width))
         corner = tuple(randint(0, max(0, s - side)) for s in size)
+        return cls.cut(height, width, side, size, corner, flip=bool(torch.rand(()) < 0.5))
+
+    @classmethod
+    def cut(cls, height: int, width: int, side: int, size=None, corner=(0, 0), flip=False) -> "Jitter":
+        """By default none: the whole image, squashed to the square."""
+        size = size or (side, side)
         rows, columns = (
             ((np.arange(min(side, s)) + c + 0.5) * full / s).astype(np.int64).clip(max=full - 1)
             for s, c, full in zip(size, corner, (height, width), strict=True)
         )
-        flip = bool(torch.rand(()) < 0.5)
         return cls(rows, width - 1 - columns if flip else columns, size, corner, flip)
 
     def image(self, image: Tensor) -> Tensor:
@@ -68,12 +73,13 @@ class Segmentation(Stream):
     task = "segmentation"
 
     def __init__(
-        self, coco, split, seed=0, scale=1.0, fraction=1.0, exclude=frozenset(), skip_bad=False, read=read
+        self, coco, split, seed=0, scale=1.0, fraction=1.0, exclude=frozenset(), skip_bad=False, read=read,
+        size=None,
     ):  # fmt: skip
         data = self.data = self.load(coco, split, read)
         self.folder, self.ids, self.names, self.sizes = Path(coco) / split, data.ids, data.names, data.sizes
         self.categories, self.notes = data.categories, data.notes
-        self.scale = scale
+        self.scale, self.size = scale, size
         self.choose(seed, fraction, exclude, skip_bad, np.diff(data.first))
 
     def load(self, coco, split, read) -> Instances:
@@ -85,7 +91,8 @@ class Segmentation(Stream):
 
     def sample(self, image: Tensor, row: int, patch: int) -> tuple[Tensor, dict]:
         side = max(1, round(self.scale * SQUARE) // patch) * patch  # 1022 = 73 patches of 14
-        jitter = Jitter.draw(*image.shape[1:], side)
+        h, w = image.shape[1:]
+        jitter = Jitter.cut(h, w, self.size) if self.size else Jitter.draw(h, w, side)
         labels = self.data.labels[self.data.first[row] : self.data.first[row + 1]]
         masks = np.zeros((len(labels), len(jitter.rows), len(jitter.columns)), bool)
         inside = np.zeros(len(labels), bool)

@@ -78,15 +78,19 @@ class Stream(Dataset):
             try:
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(int.from_bytes(key[:7], "little"))
-                    pixels = read_picture(self.folder / self.names[row], tuple(self.sizes[row].tolist()))
-                    image, target = self.sample(pixels, row, patch)
-                break
+                    image, target = self.read(row, patch)
+                return image, {**target, "skipped": skipped}
             except BadImage as error:
                 skipped.append(self.names[row])
                 if not self.skip_bad or len(skipped) == len(self.rows):
                     return BadImage(f"{error}: restore it, or use --skip-bad-images")
-        known = {"image_id": self.ids[row].item(), "orig_size": tuple(pixels.shape[1:]), "skipped": skipped}
-        return image, {**known, "size": tuple(image.shape[1:]), **target}
+
+    def read(self, row: int, patch: int) -> tuple[Tensor, dict]:
+        """One sample, and what is known of it. Raises BadImage."""
+        pixels = read_picture(self.folder / self.names[row], tuple(self.sizes[row].tolist()))
+        image, target = self.sample(pixels, row, patch)
+        sizes = {"orig_size": tuple(pixels.shape[1:]), "size": tuple(image.shape[1:])}
+        return image, {"image_id": self.ids[row].item(), "row": row, **sizes, **target}
 
     def sample(self, image: Tensor, row: int, patch: int) -> tuple[Tensor, dict]:
         """One image as the task trains on it, augmented by torch's generator, which is seeded for it.

@@ -26,7 +26,7 @@ class Images(Dataset):
 
     collate = staticmethod(collate)
 
-    def __init__(self, folder, task, split, scale=1.0, limit=None):
+    def __init__(self, folder, task, split, scale=1.0, limit=None, size=None):
         path = self.annotations = annotation_file(folder, KINDS.get(task, "instances"), split)
         file = read(path, LISTS[:2] if task == "captioning" else LISTS)
         self.categories = [{"id": c["id"], "name": c["name"]} for c in file.categories]
@@ -59,7 +59,8 @@ class Images(Dataset):
         images = zip(file.ids[used].tolist(), names, map(tuple, file.sizes[used].tolist()), strict=True)
         self.images = list(images)[:limit]
         self.image_ids = [image_id for image_id, *_ in self.images]
-        self.folder, self.task, self.scale, self.patch = Path(folder) / split, task, scale, 1
+        self.folder, self.task, self.scale, self.size = Path(folder) / split, task, scale, size
+        self.patch = 1
 
     def __len__(self) -> int:
         return len(self.images)
@@ -70,17 +71,19 @@ class Images(Dataset):
             image = read_picture(self.folder / name, size)
         except BadImage as error:
             return error
-        resized, target = prepare(image, self.task, self.patch, self.scale)
+        resized, target = prepare(image, self.task, self.patch, self.scale, self.size)
         return resized, {"item": i, "image_id": image_id, **target}
 
 
-def prepare(image: Tensor, task: str, patch: int, scale: float = 1.0) -> tuple[Tensor, dict]:
+def prepare(image: Tensor, task: str, patch: int, scale: float = 1.0, square=None) -> tuple[Tensor, dict]:
     """image (3, H, W) uint8 at the size at which a task is evaluated, and its target: orig_size, size.
 
-    scale: as --image-scale of the stages
+    scale, square: as --image-scale and --size of the stages
     """
     h, w = orig_size = tuple(image.shape[1:])
-    if task == "captioning":  # squashed to a square of whole patches, as for training
+    if square:
+        size = (square, square)
+    elif task == "captioning":  # squashed to a square of whole patches, as for training
         size = (max(1, round(scale * 256 / patch)) * patch,) * 2
     else:
         # The release's sizes in pixels. Detection: short side 800 but the long one at most 672, so always 672
@@ -98,8 +101,8 @@ def open_items(task: str, args: argparse.Namespace) -> Dataset:
         case "pose":
             from data.persons import PersonBoxes
 
-            return PersonBoxes(args.coco, args.split, args.image_scale, args.limit, args.persons)
-    return Images(args.coco, task, args.split, args.image_scale, args.limit)
+            return PersonBoxes(args.coco, args.split, args.image_scale, args.limit, args.persons, args.size)
+    return Images(args.coco, task, args.split, args.image_scale, args.limit, args.size)
 
 
 # --- predictions that are there already

@@ -34,15 +34,16 @@ class Captioner(nn.Module):
 
     dim: width D of the backbone
     vocabulary: what each token stands for: <pad>, the words, <unk>, <start>, <end>
+    dropout: of the words' logits; the authors' release
     """
 
     side = 14  # positions to look at: 14 x 14; the authors' release
     most_tokens = 51  # that predict says: 50 words, the authors' release, and <end>
     regularization = 1.0  # weight of the doubly stochastic term (1502.03044, Eq. 14); the authors' release
 
-    def __init__(self, dim: int, vocabulary: list[str]):
+    def __init__(self, dim: int, vocabulary: list[str], dropout: float = 0.5):
         super().__init__()
-        self.config = {"dim": dim, "vocabulary": vocabulary}
+        self.config = {"dim": dim, "vocabulary": vocabulary, "dropout": dropout}
         special = [vocabulary[i] for i in (PAD, UNK, START, END)] if len(vocabulary) > 3 else []
         if special != ["<pad>", "<unk>", "<start>", "<end>"]:
             raise ValueError("a vocabulary is <pad>, the words, <unk>, <start>, <end>, in this order")
@@ -52,7 +53,7 @@ class Captioner(nn.Module):
         self.decode_step = nn.LSTMCell(m + dim, n)  # T of Eq. 3
         self.init_h, self.init_c = nn.Linear(dim, n), nn.Linear(dim, n)
         self.f_beta = nn.Linear(n, dim)  # how much of the context the LSTM lets in
-        self.dropout = nn.Dropout(0.5)  # the authors' release
+        self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(n, len(vocabulary))
         for weight in (self.embedding.weight, self.fc.weight):
             nn.init.uniform_(weight, -0.1, 0.1)  # the authors' release

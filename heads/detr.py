@@ -16,26 +16,28 @@ from ranks import mean_over_ranks
 
 
 class Detr(nn.Module):
-    """100 queries -> class logits and boxes.
+    """Queries -> class logits and boxes.
 
     dim: width D of the backbone
     categories: [{"id": 1, "name": "person"}, ...] in the order of the labels; no-object comes after them
+    queries, layers (of encoder and decoder): Sec. 4.2; dropout: the authors' release
     """
 
     weight = {"class": 1.0, "l1": 5.0, "giou": 2.0}  # in the loss and in the matching; DETR's
     no_object_weight = 0.1  # DETR's: most of the queries have no target
 
-    def __init__(self, dim: int, categories: list[dict]):
+    def __init__(self, dim: int, categories: list[dict], queries=100, layers=(6, 6), dropout=0.1):
         super().__init__()
-        self.config = {"dim": dim, "categories": categories}
+        sizes = {"queries": queries, "layers": list(layers), "dropout": dropout}
+        self.config = {"dim": dim, "categories": categories, **sizes}
         self.num_classes = len(categories)
-        encoder, decoder, ffn, heads, queries = 128, 256, 1024, 8, 100  # Sec. 4.2
-        dropout = 0.1  # the authors' release
+        encoder, decoder, ffn, heads = 128, 256, 1024, 8  # Sec. 4.2
+        L_enc, L_dec = layers
         self.input_proj = nn.Conv2d(dim, encoder, kernel_size=1)
         self.task_token = nn.Parameter(torch.randn(encoder))
-        self.encoder = nn.ModuleList(EncoderLayer(encoder, heads, ffn, dropout) for _ in range(6))
+        self.encoder = nn.ModuleList(EncoderLayer(encoder, heads, ffn, dropout) for _ in range(L_enc))
         self.enc2dec_proj, self.pos_embed_proj = nn.Linear(encoder, decoder), nn.Linear(encoder, decoder)
-        self.decoder = nn.ModuleList(DecoderLayer(decoder, heads, ffn, dropout) for _ in range(6))
+        self.decoder = nn.ModuleList(DecoderLayer(decoder, heads, ffn, dropout) for _ in range(L_dec))
         self.decoder_norm = nn.LayerNorm(decoder)
         for layer in (*self.encoder, *self.decoder):
             for p in layer.parameters():
@@ -51,7 +53,7 @@ class Detr(nn.Module):
     # --- network
 
     def decode(self, f) -> tuple[Tensor, Tensor]:
-        """Features -> logits (L, B, Q, C + 1), boxes_cxcywh (L, B, Q, 4) in [0, 1]; L = 6 decoder layers."""
+        """Features -> logits (L, B, Q, C + 1), boxes_cxcywh (L, B, Q, 4) in [0, 1]; L decoder layers."""
         pos = sine_position(f.grid, f.valid, feats=64)  # (B or 1, N, 128), N = H * W
         padding = None if f.valid is None else ~f.valid.flatten(1)  # (B, N), True is padding
         x = self.input_proj(f.grid).flatten(2).transpose(1, 2)  # (B, N, 128)

@@ -118,12 +118,13 @@ class MaskedDecoderLayer(nn.Module):
 
 
 class Mask2Former(nn.Module):
-    """100 queries -> class logits and masks.
+    """Queries -> class logits and masks.
 
     dim: width D of the backbone
     categories: the classes in the order of their labels, [{"id": 1, "name": "person"}, ...], with "isthing"
         if the data is panoptic; no-object comes after them
     eq2_h: False leaves H out of Eq. 2, as the authors' release does
+    queries, layers (of encoder and decoder): Sec. 4.2; points: P for each mask, Mask2Former's
 
     y holds for each image
         size (h, w): the image in pixels, before padding
@@ -135,19 +136,22 @@ class Mask2Former(nn.Module):
     # all Mask2Former's
     weight = {"class": 2.0, "mask": 5.0, "dice": 5.0}  # in the loss and in the matching
     no_object_weight = 0.1  # most of the queries have no target
-    points, oversampling, important = 12544, 3, 0.75  # P for each mask; 3/4 of them the most uncertain of 3 P
+    oversampling, important = 3, 0.75  # 3/4 of the P points are the most uncertain of 3 P
     instances = 100  # predicted for each image
     sure, overlap = 0.8, 0.8  # panoptic: least p(class), least part of its mask that a segment keeps
 
-    def __init__(self, dim: int, categories: list[dict], eq2_h: bool = True):
+    def __init__(
+        self, dim: int, categories: list[dict], eq2_h: bool = True, queries=100, layers=(6, 9), points=12544
+    ):
         super().__init__()
-        self.config = {"dim": dim, "categories": categories, "eq2_h": eq2_h}
-        self.num_classes = len(categories)
-        width, heads, queries, groups = 256, 8, 100, 32  # Sec. 4.2; groups: Mask2Former
+        sizes = {"queries": queries, "layers": list(layers), "points": points}
+        self.config = {"dim": dim, "categories": categories, "eq2_h": eq2_h, **sizes}
+        self.num_classes, self.points, (L_enc, L_dec) = len(categories), points, layers
+        width, heads, groups = 256, 8, 32  # Sec. 4.2; groups: Mask2Former
         # encoder
         self.input_proj = Layers(nn.Conv2d(dim, width, 1), GroupNorm(groups, width))
         self.encoder_level = nn.Parameter(torch.randn(width))
-        self.encoder = nn.ModuleList(DeformableEncoderLayer(width, heads, 4, ffn=512) for _ in range(6))
+        self.encoder = nn.ModuleList(DeformableEncoderLayer(width, heads, 4, ffn=512) for _ in range(L_enc))
         # Eq. 2
         self.G = Layers(nn.Conv2d(dim, width, 1, bias=False), GroupNorm(groups, width))
         self.H = Layers()
@@ -159,7 +163,7 @@ class Mask2Former(nn.Module):
         # decoder
         self.query_feat, self.query_embed = nn.Embedding(queries, width), nn.Embedding(queries, width)
         self.decoder_level = nn.Parameter(torch.randn(width))
-        self.decoder = nn.ModuleList(MaskedDecoderLayer(width, heads, ffn=1024) for _ in range(9))
+        self.decoder = nn.ModuleList(MaskedDecoderLayer(width, heads, ffn=1024) for _ in range(L_dec))
         self.decoder_norm = nn.LayerNorm(width)
         self.class_embed = nn.Linear(width, self.num_classes + 1)
 
@@ -205,7 +209,7 @@ class Mask2Former(nn.Module):
         return features if valid is None else features.masked_fill(~valid[:, None], 0)
 
     def decode(self, f) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """L = 10 answers: the query features themselves, and the output of each of the 9 decoder layers.
+        """L answers (10): the query features themselves, and the output of each of the (9) decoder layers.
 
         Returns class logits (L, B, Q, C + 1), MLP(q) (L, B, Q, 256), the per-pixel features (B, 256, H, W),
         and their product, the mask logits (L, B, Q, H, W): without gradient, as the loss needs few of them.

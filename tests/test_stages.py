@@ -1,5 +1,6 @@
 """Both stages end to end, as a user runs them: on real images, on two ranks, killed, resumed, and misused."""
 
+import argparse
 import itertools
 import json
 import os
@@ -9,9 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torchvision.ops import box_convert
 
 import backbone as vit
 import files
@@ -21,7 +24,9 @@ import stage2_lora
 import tasks
 import training
 from data.detection import Detection
+from data.pose import Pose as Persons
 from data.stream import batches
+from data.validation import open_items
 from ranks import Ranks
 from tests.stages import ROOT, logged, losses, stage1, stage2
 
@@ -253,6 +258,73 @@ def test_a_non_finite_loss_stops_naming_step_task_and_images(scenes, head, tmp_p
     assert state["step"] == 4 and all(v.isfinite().all() for v in state["trained"].values())
 
 
+SIZES = {
+    "detection": {"queries": 7, "layers": [1, 2], "dropout": 0.0},
+    "segmentation": {"queries": 7, "layers": [1, 2], "points": 50},
+    "captioning": {"dropout": 0.25},
+}
+
+
+@pytest.mark.parametrize("task", ["detection", "segmentation", "captioning", "pose"])
+def test_a_head_of_kept_features_is_the_head_that_asks_m_each_time(scenes, tmp_path, run, monkeypatch, task):
+    """Of 12 images in 24 positions M sees each once, and none the second time; sizes are in the file."""
+    seen, forward = [], vit.Backbone.forward
+    monkeypatch.setattr(
+        vit.Backbone, "forward", lambda self, x, valid=None: seen.append(len(x)) or forward(self, x, valid)
+    )
+    sizes = SIZES.get(task, {})
+    changed = {"task": task, "iters": 6, "batch": 4, "size": 56, "image-scale": 1, **sizes}
+    options = stage1(scenes, "OUT", **changed, **({"min-count": 1} if task == "captioning" else {}))
+    heads, counts = [], []
+    for name, more in (("asking", []), ("keeping", ["--cache"]), ("again", ["--cache"])):
+        seen.clear()
+        more = [*more, tmp_path / "kept"] if more else []
+        code, _, err = run("stage1_heads", *[tmp_path / name if x == "OUT" else x for x in options], *more)
+        assert code == 0, err
+        heads.append(load_file(tmp_path / name / f"{task}.safetensors"))
+        counts.append(sum(seen))
+    rows = len(Persons(scenes, "train2017").ids) if task == "pose" else 12
+    assert counts == [24, rows, 0]
+    for head in heads[1:]:
+        for name, weight in head.items():
+            torch.testing.assert_close(weight, heads[0][name], rtol=1e-4, atol=1e-5)
+    header = files.read_header(tmp_path / "keeping" / f"{task}.safetensors", "head")
+    assert header["size"] == 56 and sizes.items() <= header["config"].items()
+    rebuilt = tasks.load_head(tmp_path / "keeping" / f"{task}.safetensors", 192)
+    assert all(torch.equal(v, heads[1][k]) for k, v in rebuilt.state_dict().items())
+
+
+def test_kept_features_of_other_weights_or_images_are_not_taken(scenes, tmp_path, run):
+    options = stage1(scenes, "OUT", iters=1, size=56, **{"image-scale": 1}, cache=tmp_path / "kept")
+    for k, more in enumerate([[], [], ["--seed", 1], ["--data-fraction", 0.5], ["--size", 70]]):
+        assert run("stage1_heads", *[tmp_path / str(k) if x == "OUT" else x for x in options], *more)[0] == 0
+        assert len(list((tmp_path / "kept").glob("*.npy"))) == max(1, k)  # --weights random is of --seed
+
+
+def test_images_of_a_size_are_those_of_the_evaluation(scenes):
+    """The same pixels in training as in evaluation, squashed and not augmented; boxes and masks with them."""
+    known = dict(coco=scenes, split="train2017", seed=0, image_scale=1.0, size=70, limit=None, persons=None)
+    known |= dict(exclude_images=None, data_fraction=1.0, captions=None, min_count=1, skip_bad_images=False)
+    args = argparse.Namespace(**known)
+    for task in tasks.NAMES:
+        stream, items = tasks.open_stream(task, args), open_items(task, args)
+        items.patch = 14
+        for row in range(5):
+            image, y = stream.read(row, 14)
+            again, target = items[row]
+            assert torch.equal(image, again) and image.shape == (3, 70, 70)
+            assert y["image_id"] == target["image_id"] and y["size"] == target["size"] == (70, 70)
+            if task == "detection":
+                mine = stream.data.boxes_xyxy[stream.data.first[row] : stream.data.first[row + 1]]
+                h, w = y["orig_size"]
+                corners = box_convert(y["boxes_cxcywh"], "cxcywh", "xyxy") * torch.tensor([w, h, w, h])
+                torch.testing.assert_close(corners, torch.from_numpy(mine), rtol=0, atol=1e-3)
+            if task in ("segmentation", "panoptic"):
+                whole = np.stack(list(stream.masks(row)))
+                shares = y["masks"].float().mean((1, 2)).numpy()
+                np.testing.assert_allclose(shares, whole.mean((1, 2)), atol=0.01)
+
+
 def test_interrupt_is_one_line_and_resumable(scenes, head, tmp_path, run, monkeypatch):
     add = training.Log.add
 
@@ -271,7 +343,7 @@ def test_interrupt_is_one_line_and_resumable(scenes, head, tmp_path, run, monkey
 
 def refusals(scenes, head, tmp: Path) -> list[tuple]:
     one, two = stage1(scenes, tmp / "new"), stage2(scenes, tmp / "new", head)
-    absent = str(tmp / "absent")
+    absent, square = str(tmp / "absent"), [*one, "--size", 56, "--image-scale", 1]
     return [
         ("stage1_heads", [*one, "--coco", absent], "annotations_trainval2017.zip"),
         ("stage1_heads", [*one, "--weights", absent], "pretrained"),
@@ -282,6 +354,24 @@ def refusals(scenes, head, tmp: Path) -> list[tuple]:
         ("stage1_heads", [*one, "--data-fraction", 1.5], "--data-fraction"),
         ("stage1_heads", [*one, "--image-scale", 0], "--image-scale"),
         ("stage1_heads", [*one, "--exclude-images", absent], "--exclude-images"),
+        ("stage1_heads", [*one, "--size", 56], "--image-scale has no effect with --size"),
+        ("stage1_heads", [*one, "--size", 1, "--image-scale", 1], "--size must be at least 2"),
+        ("stage1_heads", [*one, "--cache", absent], "--cache needs --size"),
+        (
+            "stage1_heads",
+            [*square, "--cache", absent, "--skip-bad-images"],
+            "--skip-bad-images has no effect",
+        ),
+        ("stage1_heads", [*one, "--points", 9], "--points has no effect on the head of detection"),
+        (
+            "stage1_heads",
+            [*one, "--task", "pose", "--queries", 9],
+            "--queries has no effect on the head of pose",
+        ),
+        ("stage1_heads", [*one, "--queries", 0], "--queries must be at least 1"),
+        ("stage1_heads", [*one, "--layers", 0, 3], "--layers must be at least 1"),
+        ("stage1_heads", [*one, "--dropout", 1], "--dropout must be in [0, 1)"),
+        ("stage2_lora", [*two, "--size", 56, "--image-scale", 1], "trained with size None, not 56"),
         ("stage1_heads", [*one, "--task", "captioning", "--captions", absent], "--captions"),
         ("stage1_heads", [*one, "--min-count", 0], "--min-count must be at least 1"),
         ("stage1_heads", [*one, "--out", head], "holds a run"),
