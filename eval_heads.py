@@ -22,7 +22,7 @@ import files
 import tasks
 from backbone import add_backbone_options, backbone_settings, check_backbone_options, open_backbone
 from data.coco import annotation_file
-from ranks import gather, launch, refuse_unused, start, to_device
+from ranks import check_finite, gather, launch, refuse_unused, start, to_device
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
     add("--head", default="out", help="a head file, or a folder with [TASK/]TASK.safetensors")
     add("--coco", default="coco", help="folder that holds annotations/ and val2017/")
     add("--split", default="val2017", help="which of its images and annotations")
-    tasks.add_size_options(add, ", as the head was trained")  # --image-scale, --size
+    tasks.add_size_options(p, ", as the head was trained")  # --image-scale, --size
     add("--persons", metavar="FILE", help="pose: a detector's boxes, COCO results (default: the true boxes)")
     add_backbone_options(p)  # --model, --weights, --no-cls, --imagenet-norm
     again = "score these predictions instead of asking a head: [before] after"
@@ -90,7 +90,7 @@ def main() -> None:
             images, valid, y = to_device(batch, ranks.device)
             with torch.no_grad(), ranks.autocast():
                 f = backbone(images, valid)
-            evaluation.check_finite(f.grid, y, ranks)
+            check_finite(f.grid, y, ranks)
             for t, answer in zip(y, head.predict(f, y), strict=True):
                 mine[t["item"]] = scorer.keep(answer, variant)
         everyones = gather(mine, everywhere=False)  # masks: half a GB

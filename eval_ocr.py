@@ -33,7 +33,7 @@ from backbone import Features, add_backbone_options, backbone_settings, check_ba
 from data import words
 from data.stream import batches, collate
 from heads.ocr import OcrHead, tokens_of
-from ranks import Ranks, gather, launch, refuse_unused, start, to_device
+from ranks import Ranks, check_finite, gather, launch, refuse_unused, start, to_device
 from scores.words import alphanumeric, grade
 
 SIZES = {  # the lists in clovaai's collection; PARSeq's has the same names, relabelled, and no IC03
@@ -255,7 +255,7 @@ def score(args, T_o: OcrHead, backbone, test: words.Words, ranks: Ranks) -> dict
         images, valid, y = to_device(batch, ranks.device)
         with ranks.autocast():
             f = backbone(images, valid)  # Alg. 3, line 3: extract feature f* = M(x; dW*) for input x
-        evaluation.check_finite(f.grid, y, ranks)
+        check_finite(f.grid, y, ranks)
         answers = T_o.predict(f, y)  # Alg. 3, line 4: predicting R_o = [R_o, T_o(f*)]
         R_o |= {t["image_id"]: (t["label"], a["text"]) for t, a in zip(y, answers, strict=True)}
     return gather(R_o)

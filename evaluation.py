@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import files
@@ -96,20 +96,6 @@ def loader(
         pin_memory=ranks.device.type == "cuda",
         worker_init_fn=_ignore_interrupt,
     )
-
-
-def check_finite(f: Tensor, y: list[dict], ranks: Ranks) -> None:
-    """Features that are not finite are never scored.
-
-    f: (B, ...), or (2 B, ...) with mirrored crops behind; y: B dicts with image_id
-    Raises FloatingPointError naming the images, the type and the cure.
-    """
-    finite = f.isfinite().flatten(1).all(1).view(-1, len(y)).all(0).tolist()  # (B,)
-    if bad := [str(t["image_id"]) for t, good in zip(y, finite, strict=True) if not good]:
-        raise FloatingPointError(
-            f"M's features of {len(bad)} of {len(y)} images are not finite in {ranks.dtype} "
-            f"({', '.join(bad[:3])}): try --backbone-dtype bf16 or fp32, or another LoRA"
-        )
 
 
 def _ignore_interrupt(_) -> None:

@@ -6,7 +6,6 @@ import math
 import os
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +15,10 @@ from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-import evaluation
-import lora
 from backbone import Features
-from data.stream import collate
+from data.stream import load
 from files import BadImage
-from ranks import Ranks, to_device
+from ranks import Ranks, check_finite, to_device
 
 MADE = 1  # count up when pictures or features are made in another way: older caches are then not used
 
@@ -51,13 +48,15 @@ def features(
     dist.broadcast_object_list(part)
     if part[0]:
         array = np.lib.format.open_memmap(part[0], "r+")
-        to_batch = partial(collate, patch=backbone.patch, mean=backbone.mean, std=backbone.std)
-        loader = evaluation.loader(items, args, ranks, to_batch)
-        for batch in tqdm(loader, f"features {variant}", disable=ranks.rank > 0, dynamic_ncols=True):
+        share = range(ranks.rank, len(items), ranks.world)
+        shares = [share[at : at + args.batch] for at in range(0, len(share), args.batch)]
+        loaded = load(items, shares, backbone, ranks, args.workers)
+        bar = dict(total=len(shares), disable=ranks.rank > 0, dynamic_ncols=True)
+        for batch in tqdm(loaded, f"features {variant}", **bar):
             images, valid, y = to_device(batch, ranks.device)
             with ranks.autocast():
                 f = take(backbone(images, valid))
-            evaluation.check_finite(f, y, ranks)
+            check_finite(f, y, ranks)
             array[[t["image_id"] for t in y]] = f.cpu().numpy()
         array.flush()
         dist.barrier()
@@ -134,5 +133,5 @@ def fingerprint(model: nn.Module, variant: str) -> str:
         if variant == "after" or "lora_" not in name:
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    scales = [layer.alpha / layer.rank for layer in lora.layers(model).values()]
+    scales = [layer.alpha / layer.rank for layer in model.modules() if hasattr(layer, "lora_A")]
     return digest.hexdigest() + (f" {scales}" if variant == "after" else "")

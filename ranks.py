@@ -205,6 +205,20 @@ def to_device(item, device: torch.device):
     return type(item)(to_device(v, device) for v in item) if isinstance(item, list | tuple) else item
 
 
+def check_finite(f: Tensor, y: list[dict], ranks: Ranks) -> None:
+    """Features that are not finite are never scored.
+
+    f: (B, ...), or (2 B, ...) with mirrored crops behind; y: B dicts with image_id
+    Raises FloatingPointError naming the images, the type and the cure.
+    """
+    finite = f.isfinite().flatten(1).all(1).view(-1, len(y)).all(0).tolist()  # (B,)
+    if bad := [str(t["image_id"]) for t, good in zip(y, finite, strict=True) if not good]:
+        raise FloatingPointError(
+            f"M's features of {len(bad)} of {len(y)} images are not finite in {ranks.dtype} "
+            f"({', '.join(bad[:3])}): try --backbone-dtype bf16 or fp32, or another LoRA"
+        )
+
+
 def gather(mine: dict, everywhere: bool = True) -> dict:
     """Every rank's {item: answer} together, in the items' order, on every rank or on the first alone."""
     parts = [None] * dist.get_world_size()

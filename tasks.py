@@ -128,8 +128,8 @@ def head_sizes(task: str, args: argparse.Namespace) -> dict:
 # --- sizes of images
 
 
-def add_size_options(add: Callable, as_trained: str = "") -> None:
-    """add: add_argument of a parser or of one of its groups."""
+def add_size_options(p: argparse.ArgumentParser, as_trained: str = "") -> None:
+    add = p.add_argument_group("sizes of images").add_argument
     add("--image-scale", type=float, default=1.0, help=f"times the release's sizes{as_trained}")
     squashed = "squash every image to a square of so many px, not augmented: not the paper's"
     add("--size", type=int, metavar="PX", help=squashed + as_trained)

@@ -64,7 +64,7 @@ def main() -> None:
                 "--size", type=int, help="side that images are squashed to (default: the model's own)"
             )
         else:
-            tasks.add_size_options(q.add_argument, ", as the heads were trained")  # --image-scale, --size
+            tasks.add_size_options(q, ", as the heads were trained")  # --image-scale, --size
             persons = "pose: boxes, COCO results; an image's id is its name (default: the whole image is one)"
             q.add_argument("--persons", type=Path, metavar="FILE", help=persons)
             q.add_argument(

@@ -136,21 +136,27 @@ def batches(stream: Stream, batch: int, backbone, ranks, start: int = 0, workers
             yield [(position, backbone.patch) for position in range(first, first + batch)]
             first += ranks.world * batch
 
-    def checked(loader):
-        for item in loader:
-            if isinstance(item, Exception):
-                raise item
-            yield item
+    return load(stream, positions(), backbone, ranks, workers)
 
+
+def load(items: Dataset, indices, backbone, ranks, workers: int) -> Iterator:
+    """The batches of these lists of indices, collated. Raises BadImage where one turns up."""
     loader = DataLoader(
-        stream,
-        batch_sampler=positions(),
+        items,
+        batch_sampler=indices,
         collate_fn=partial(collate, patch=backbone.patch, mean=backbone.mean, std=backbone.std),
         num_workers=workers,
         pin_memory=ranks.device.type == "cuda",
         worker_init_fn=_ignore_interrupt,
     )
     return checked(iter(loader))
+
+
+def checked(batches: Iterator) -> Iterator:
+    for batch in batches:
+        if isinstance(batch, Exception):
+            raise batch
+        yield batch
 
 
 def _ignore_interrupt(_) -> None:
