@@ -235,6 +235,11 @@ def load_head(path: str, backbone) -> tuple[OcrHead, int]:
     config = header["config"]
     if config.pop("reading", "tokens") != "tokens":  # a choice that heads once had
         raise ValueError(f"{path} reads by queries, which is gone: train it again")
+    fields = files.Items(path, [config], "config")
+    (
+        fields.column("charset", str),
+        *(fields.column(key, int) for key in ("tokens", "longest", "width", "depth")),
+    )
     return files.read_head(path, OcrHead, config, backbone.dim), header.get("step")
 
 

@@ -234,10 +234,10 @@ def read_head(path: str | Path, Head: type[nn.Module], config: dict, dim: int) -
     if config.get("dim") != dim:
         raise ValueError(f"{path} was made for a backbone of width {shown(config.get('dim'))}, not {dim}")
     state = read_tensors(path)
-    longest = max((n for value in state.values() for n in value.shape), default=0)
+    most = max((n for value in state.values() for n in value.shape), default=0)
     try:
-        if large := [k for k, v in config.items() if type(v) is int and v > longest]:
-            raise ValueError(f"{large[0]} {shown(config[large[0]])}, its tensors are not so large")
+        if wrong := [k for k, v in config.items() if type(v) is int and not 0 < v <= most]:
+            raise ValueError(f"{wrong[0]} {shown(config[wrong[0]])}, of its tensors no side is above {most}")
         head = Head(**config)
     except Exception as error:  # whatever a size that is none makes torch raise
         why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

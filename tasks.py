@@ -18,7 +18,7 @@ from typing import NamedTuple
 from torch import nn
 
 import files
-from data.coco import annotation_file, read, read_ids
+from data.coco import annotation_file, flags, read, read_ids
 from data.stream import Stream
 
 NAMES = ("detection", "segmentation", "panoptic", "captioning", "pose")
@@ -112,7 +112,7 @@ def load_head(path: str | Path, dim: int) -> nn.Module:
     config = {k: v for k, v in header["config"].items() if k != "simple"}  # pose heads once had it, False
     if "categories" in config:
         categories = files.Items(path, config["categories"], "categories")
-        categories.ids(), categories.column("name", str)
+        categories.ids(), categories.column("name", str), flags(categories, "isthing", default=1)
     return files.read_head(path, find(header["task"]).Head, config, dim).eval()
 
 

@@ -210,7 +210,9 @@ class Checkpoint:
         now, then = self.options(), state["options"]
         names = [k for k in {**then, **now} if then.get(k) != now.get(k)]
         if names:
-            changed = "; ".join(f"{k} was {then.get(k)}, is {now.get(k)}" for k in names)
+            changed = "; ".join(
+                f"{k} was {files.shown(then.get(k))}, is {files.shown(now.get(k))}" for k in names
+            )
             raise ValueError(f"--resume {path}: changed: {changed}; put it back, or take a new --out")
         with torch.no_grad(), files.expecting(path, "a checkpoint of this run"):
             files.check(state["trained"], self.trained, f"{path} is not of this run")
@@ -233,6 +235,8 @@ class Checkpoint:
                 state = torch.load(path, map_location="cpu", weights_only=True)
                 if wrong := [key for key, kind in CONTENT.items() if type(state[key]) is not kind]:
                     raise TypeError(wrong)
+                if state["step"] < 0:
+                    raise ValueError(state["step"])
                 return path, state, damaged
             except FileNotFoundError:
                 continue
