@@ -144,6 +144,13 @@ def test_parts_are_mixed_in_equal_shares_and_every_epoch_has_every_word(two_part
     assert words.WordStream(pooled, words.CHARSETS[36], SIZE, seed=3).fingerprint != stream.fingerprint
 
 
+def test_parts_of_one_size_have_orders_of_their_own(tmp_path):
+    parts = {n: words.find([str(write_lmdb(tmp_path / n, some_words(9, k)))]) for k, n in enumerate("ab")}
+    stream = words.WordStream(parts, words.CHARSETS[36], SIZE, seed=3)
+    orders = [[stream.index(2 * at + part) - 9 * part for at in range(9)] for part in range(2)]
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(9)) and orders[0] != orders[1]
+
+
 def test_workers_open_their_own_environment(two_parts):
     """After this process has opened it: one handle must not cross a fork, two in a process are an error."""
     read = words.Words(two_parts["MJ"], SIZE)
