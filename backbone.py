@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import files
 import weights as weight_files
 from ranks import Ranks
 from weights import TIMM_NAMES, register_models
@@ -300,7 +301,7 @@ def load(name: str, weights: str, dtype=torch.float32, device="cpu", seed: int =
     with torch.device("meta"):
         backbone = Backbone(name, use_cls)
     vit = backbone.vit
-    weight_files.check(state, vit.state_dict(), f"{weights} does not fit --model {name}")
+    files.check(state, vit.state_dict(), f"{weights} does not fit --model {name}")
     vit.load_state_dict({k: v.to(device=device, dtype=dtype) for k, v in state.items()}, assign=True)
     for module in vit.modules():  # EVA's zero key bias, RoPE tables: not in the file, so still on meta
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):

@@ -136,7 +136,9 @@ def cached_texts(
         name = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:24]
         path = Path(args.text_cache) / f"{name}.safetensors"
         if path.is_file():
-            W, cached = files.read_tensors(path)["texts"], [True]
+            state = files.read_tensors(path)
+            files.check(state, {"texts": W}, f"{path} is not of these texts: remove it")
+            W, cached = state["texts"], [True]
     W = W.to(clip.ranks.device)
     dist.broadcast_object_list(cached, device=clip.ranks.device)  # rank 0's answer is all ranks'
     if cached[0]:

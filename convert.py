@@ -164,7 +164,7 @@ def import_lora(state: dict[str, Tensor], args: argparse.Namespace) -> list[str]
     name = model_name(dim, depth, args.src, args.model)
     with torch.device("meta"):
         expected = lora.parameters(lora.attach(Backbone(name).vit, rank))
-    weight_files.check(found, expected, f"{args.src} is no LoRA of rank {rank} for {name}")
+    files.check(found, expected, f"{args.src} is no LoRA of rank {rank} for {name}")
     header = {"rank": rank, "alpha": 1.0, "targets": ["qkv"], **released_features(name)}
     write(Path(args.dst), {k: v.float() for k, v in found.items()}, lora=header)
     return [f"LoRA of rank {rank}, alpha 1 (the release's scale, 1/{rank}), for all {depth} blocks of {name}"]
@@ -183,7 +183,7 @@ def import_head(state: dict[str, Tensor], task: str, args: argparse.Namespace) -
         else:
             found[ours] = value
     if unknown:
-        raise ValueError("\n  ".join([f"{args.src}: {len(unknown)} tensors of no head:", *unknown[:8]]))
+        raise ValueError(f"{args.src}: {len(unknown)} tensors of no head: {', '.join(unknown[:4])}")
     widths = ("input_proj.weight", "input_proj.0.weight", "attention.encoder_att.weight")  # (_, D, ...)
     dim = next((found[name].shape[1] for name in widths if name in found), None)
     if dim is None:
@@ -196,7 +196,7 @@ def import_head(state: dict[str, Tensor], task: str, args: argparse.Namespace) -
         arguments = {"vocabulary": vocabulary(args.words, len(found.get("embedding.weight", ())))}
     head = tasks.find(task).Head(dim, **arguments)
     told = adapt(found, task)
-    weight_files.check(found, head.state_dict(), f"{args.src} is no {task} head of the release")
+    files.check(found, head.state_dict(), f"{args.src} is no {task} head of the release")
     write(Path(args.dst), found, head={"task": task, "config": head.config, **released_features(name)})
     told += [f"left out: {name}" for name in left[:8]] + [f"and {len(left) - 8} more"] * (len(left) > 8)
     return [f"{task} head for {name} (width {dim}), {len(found)} tensors", *told]
@@ -311,7 +311,7 @@ def how_to_use(args: argparse.Namespace, name: str) -> str:
 
 def read_lora(path: str, tower: dict[str, Tensor], source: str, weights: str) -> tuple[dict, dict, list[str]]:
     """Its header; {name of a weight: LoRALinear}; what was left out. Raises ValueError if it does not fit."""
-    header, state, told = lora.read_header(path), load_file(path), []
+    (header, state), told = lora.read(path), []
     ends = tuple(f".{target}.weight" for target in header["targets"])
     layers = [k.removesuffix(".weight") for k in tower if k.endswith(ends)]
     if source in ("lavis", "blip2", "blip2_vision"):
@@ -327,9 +327,7 @@ def read_lora(path: str, tower: dict[str, Tensor], source: str, weights: str) ->
         updates[layer] = lora.LoRALinear(linear, header["rank"], header["alpha"], blocks, updated)
     parts = [(layer, part) for layer in layers for part in ("lora_A", "lora_B")]
     expected = {f"{layer}.{part}": getattr(updates[layer], part) for layer, part in parts}
-    weight_files.check(
-        state, expected, f"{path}, tuned on {header.get('backbone', '?')}, does not fit {weights}"
-    )
+    files.check(state, expected, f"{path}, tuned on {header.get('backbone', '?')}, does not fit {weights}")
     for layer, part in parts:
         setattr(updates[layer], part, nn.Parameter(state[f"{layer}.{part}"], requires_grad=False))
     return header, {f"{layer}.weight": update for layer, update in updates.items()}, told
@@ -424,7 +422,7 @@ def fits(tower: dict[str, Tensor], src: str | Path, given: str | None) -> str:
     with torch.device("meta"):
         expected = Backbone(name).vit.state_dict()
     body = {k: v for k, v in tower.items() if not k.startswith("head.")}
-    weight_files.check(body, expected, f"{src} does not fit --model {name}")
+    files.check(body, expected, f"{src} does not fit --model {name}")
     return name
 
 

@@ -149,7 +149,7 @@ def check_heads(args: argparse.Namespace, variants: list[str]) -> None:
         if header["task"] != "ocr":
             raise ValueError(f"{path} is a head for {header['task']}, not one of eval_ocr.py")
         expected = {**backbone_settings(args), "size": list(args.size), "lora": lora_hash(args, variant)}
-        wrong = [f"{k} {header[k]}, not {now}" for k, now in expected.items() if header[k] != now]
+        wrong = [f"{k} {header.get(k)}, not {now}" for k, now in expected.items() if header.get(k) != now]
         if wrong:
             raise ValueError(f"{path}, to score {variant}, was trained with {'; '.join(wrong)}")
 
@@ -235,11 +235,12 @@ def load_head(path: str, backbone) -> tuple[OcrHead, int]:
     config = header["config"]
     if config.pop("reading", "tokens") != "tokens":  # a choice that heads once had
         raise ValueError(f"{path} reads by queries, which is gone: train it again")
-    if config["dim"] != backbone.dim:
-        raise ValueError(f"{path} was made for a backbone of width {config['dim']}, not {backbone.dim}")
-    head = OcrHead(**config)
-    head.load_state_dict(files.read_tensors(path))
-    return head, header["step"]
+    fields = files.Items(path, [config], "config")
+    (
+        fields.column("charset", str),
+        *(fields.column(key, int) for key in ("tokens", "longest", "width", "depth")),
+    )
+    return files.read_head(path, OcrHead, config, backbone.dim), header.get("step")
 
 
 # --- E_o

@@ -21,11 +21,15 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 IDS = "id", "question_id", "cocoid", "imgid", "image_id"  # what tells an item of a JSON file from the others
 KINDS = {int: "a whole number", float: "a number", str: "text", list: "a list", dict: "an object"}
 KINDS[bool] = "true or false"
+FIELDS = {  # of the headers of our files
+    "LoRA": {"rank": (int,), "alpha": (int, float), "targets": (list,)},
+    "head": {"task": (str,), "config": (dict,)},
+}
 
 # --- out
 
@@ -184,20 +188,63 @@ def shown(value) -> str:
 def read_header(path: str | Path, kind: str) -> dict:
     """The JSON header of a file that `save` wrote; kind: LoRA or head.
 
-    Raises FileNotFoundError, or ValueError if the file is not one of ours.
+    Raises FileNotFoundError, or ValueError if the file is not one of ours or the header lacks a field.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no {kind} file at {path}")
     try:
         with safe_open(path, "pt") as file:
-            return json.loads((file.metadata() or {})[kind.lower()])
+            header = json.loads((file.metadata() or {})[kind.lower()])
     except Exception as error:
         raise ValueError(f"{path}: not one of our {kind} files ({type(error).__name__}: {error})") from error
+    fields = Items(path, [header], f"{kind} header")
+    for key, types in FIELDS[kind].items():
+        fields.column(key, *types)
+    return header
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    with safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}
+    """All tensors of a safetensors file. Raises ValueError if one cannot be read or holds NaN or infinity."""
+    try:
+        with safe_open(path, "pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
+    if broken := [k for k, v in state.items() if v.is_floating_point() and not v.float().isfinite().all()]:
+        raise ValueError(f"{path}: {shown(broken[0])} is not finite, of {len(broken)} such tensors")
+    return state
+
+
+def check(state: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> None:
+    """Raises ValueError with the first few names, shapes and kinds of number that are not those expected."""
+    wrong = [f"missing {k}" for k in expected if k not in state]
+    wrong += [f"unexpected {shown(k)}" for k in state if k not in expected]
+    for k, v in ((k, v) for k, v in state.items() if k in expected):
+        if v.shape != expected[k].shape:
+            wrong.append(f"{k} is {tuple(v.shape)}, expected {tuple(expected[k].shape)}")
+        elif v.is_floating_point() != expected[k].is_floating_point():
+            wrong.append(f"{k} holds {v.dtype}, expected {expected[k].dtype}")
+    if wrong:
+        more = [f"and {len(wrong) - 4} more"] if len(wrong) > 4 else []
+        raise ValueError(f"{what}, {len(wrong)} tensors: {'; '.join([*wrong[:4], *more])}")
+
+
+def read_head(path: str | Path, Head: type[nn.Module], config: dict, dim: int) -> nn.Module:
+    """Head(**config) for features of width `dim`, with the file's weights. Raises ValueError."""
+    if config.get("dim") != dim:
+        raise ValueError(f"{path} was made for a backbone of width {shown(config.get('dim'))}, not {dim}")
+    state = read_tensors(path)
+    most = max((n for value in state.values() for n in value.shape), default=0)
+    try:
+        if wrong := [k for k, v in config.items() if type(v) is int and not 0 < v <= most]:
+            raise ValueError(f"{wrong[0]} {shown(config[wrong[0]])}, of its tensors no side is above {most}")
+        head = Head(**config)
+    except Exception as error:  # whatever a size that is none makes torch raise
+        why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        raise ValueError(f"{path}: its header describes no {Head.__name__} ({why})") from error
+    check(state, head.state_dict(), f"{path} is not the {Head.__name__} of its header")
+    head.load_state_dict(state)
+    return head
 
 
 def sha256(path: str | Path) -> str:

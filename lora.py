@@ -138,7 +138,22 @@ def save(model: nn.Module, path: str | Path, /, **header) -> None:
 
 def read_header(path: str | Path) -> dict:
     """The JSON header alone. Raises FileNotFoundError, or ValueError if the file is not one of ours."""
-    return files.read_header(path, "LoRA")
+    header = files.read_header(path, "LoRA")
+    rank, alpha, targets = header["rank"], header["alpha"], header["targets"]
+    if rank < 1 or not 0 < alpha < 1e9 or not all(type(target) is str for target in targets):
+        found = f"rank {files.shown(rank)}, alpha {files.shown(alpha)}, targets {files.shown(targets)}"
+        raise ValueError(f"{path}: {found}: expected positive numbers and names of layers")
+    return header
+
+
+def read(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
+    """Header and tensors. Raises as read_header, and ValueError if no tensor has the rank of the header."""
+    header, state = read_header(path), files.read_tensors(path)
+    ranks = {tuple(value.shape[1:]) for name, value in state.items() if name.endswith("lora_B")}
+    if ranks != {(header["rank"],)}:
+        found = ", ".join(sorted({str(rank[0]) for rank in ranks if rank})) or "none"
+        raise ValueError(f"{path}: rank {files.shown(header['rank'])}, that of its tensors is {found}")
+    return header, state
 
 
 def load(model: nn.Module, path: str | Path, without: str | None = None) -> dict:
@@ -147,7 +162,7 @@ def load(model: nn.Module, path: str | Path, without: str | None = None) -> dict
     without: leave out what begins with this name, a block that the model does not have
     Raises ValueError listing what does not fit: rank, alpha, layers that the model or the file lacks, shapes.
     """
-    header = read_header(path)
+    header, state = read(path)
     found = layers(model)
     if not found:
         attach(model, header["rank"], header["alpha"])
@@ -157,17 +172,8 @@ def load(model: nn.Module, path: str | Path, without: str | None = None) -> dict
         have, got = (layer.rank, layer.alpha), (header["rank"], header["alpha"])
         raise ValueError(f"{path} has (rank, alpha) {got}; this model has {have}")
     expected = parameters(model)
-    state = files.read_tensors(path)
     state = {name: value for name, value in state.items() if not (without and name.startswith(without))}
-    wrong = [f"missing {name}" for name in expected if name not in state]
-    wrong += [f"unexpected {name}" for name in state if name not in expected]
-    wrong += [
-        f"{name} is {tuple(value.shape)}, expected {tuple(expected[name].shape)}"
-        for name, value in state.items()
-        if name in expected and value.shape != expected[name].shape
-    ]
-    if wrong:
-        raise ValueError(f"{path} does not fit this model, {len(wrong)} names: {'; '.join(wrong[:4])}")
+    files.check(state, expected, f"{path} does not fit this model")
     with torch.no_grad():
         for name, parameter in expected.items():
             parameter.copy_(state[name])

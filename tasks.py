@@ -20,7 +20,7 @@ import numpy as np
 from torch import nn
 
 import files
-from data.coco import annotation_file, read, read_ids
+from data.coco import annotation_file, flags, read, read_ids
 from data.stream import Stream
 
 NAMES = ("detection", "segmentation", "panoptic", "captioning", "pose")
@@ -155,12 +155,13 @@ def save_head(head: nn.Module, path: str | Path, task: str, **header) -> None:
 def load_head(path: str | Path, dim: int) -> nn.Module:
     """A head in eval mode. Raises ValueError if it was made for features of another width than `dim`."""
     header = files.read_header(path, "head")
+    if header["task"] not in NAMES:
+        raise ValueError(f"{path} is a head for {files.shown(header['task'])}, not for {' or '.join(NAMES)}")
     config = {k: v for k, v in header["config"].items() if k != "simple"}  # pose heads once had it, False
-    if config["dim"] != dim:
-        raise ValueError(f"{path} was made for a backbone of width {config['dim']}, not {dim}")
-    head = find(header["task"]).Head(**config)
-    head.load_state_dict(files.read_tensors(path))
-    return head.eval()
+    if "categories" in config:
+        categories = files.Items(path, config["categories"], "categories")
+        categories.ids(), categories.column("name", str), flags(categories, "isthing", default=1)
+    return files.read_head(path, find(header["task"]).Head, config, dim).eval()
 
 
 def find_head(places: list[str], task: str, settings: dict) -> Path:

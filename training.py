@@ -26,6 +26,7 @@ from ranks import check_process_options, to_device
 CLIP_GRAD = 0.1  # L2 norm over all trained parameters; not in the paper; the authors' release
 WEIGHT_DECAY = 1e-4  # the authors' release
 CHECKPOINTS = ("last.pt", "previous.pt")  # in a run's folder, the newest first
+CONTENT = dict(step=int, options=dict, trained=dict, optimizer=dict, scaler=dict)  # of a checkpoint
 # Options of both stages that may differ between a run and its resumption
 MAY_CHANGE = {"out", "resume", "coco", "captions", "workers", "log_every", "save_every", "exclude_images"}
 MAY_CHANGE |= {"skip_bad_images"}  # what stopped a run is passed over when it goes on
@@ -205,15 +206,18 @@ class Checkpoint:
         now, then = self.options(), state["options"]
         names = [k for k in {**then, **now} if then.get(k) != now.get(k)]
         if names:
-            changed = "; ".join(f"{k} was {then.get(k)}, is {now.get(k)}" for k in names)
+            changed = "; ".join(
+                f"{k} was {files.shown(then.get(k))}, is {files.shown(now.get(k))}" for k in names
+            )
             raise ValueError(f"--resume {path}: changed: {changed}; put it back, or take a new --out")
-        with torch.no_grad():
+        with torch.no_grad(), files.expecting(path, "a checkpoint of this run"):
+            files.check(state["trained"], self.trained, f"{path} is not of this run")
             for name, p in self.trained.items():
                 p.copy_(state["trained"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        for moments in self.optimizer.optim.state.values():
-            moments["step"] = moments["step"].cpu()  # OSS put it on the GPU, where AdamW would wait for it
-        self.scaler.load_state_dict(state["scaler"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            for moments in self.optimizer.optim.state.values():
+                moments["step"] = moments["step"].cpu()  # OSS put it on the GPU: AdamW would wait for it
+            self.scaler.load_state_dict(state["scaler"])
         return state["step"]
 
     def newest(self) -> tuple[Path | None, dict | None, list[str]]:
@@ -224,7 +228,12 @@ class Checkpoint:
                 with zipfile.ZipFile(path) as file:
                     if broken := file.testzip():  # torch.load reads past changed bytes
                         raise zipfile.BadZipFile(broken)
-                return path, torch.load(path, map_location="cpu", weights_only=True), damaged
+                state = torch.load(path, map_location="cpu", weights_only=True)
+                if wrong := [key for key, kind in CONTENT.items() if type(state[key]) is not kind]:
+                    raise TypeError(wrong)
+                if state["step"] < 0:
+                    raise ValueError(state["step"])
+                return path, state, damaged
             except FileNotFoundError:
                 continue
             except Exception as error:  # whatever a half-written file makes them raise

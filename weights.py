@@ -136,17 +136,3 @@ def tower(state: dict[str, Tensor], format: str) -> dict[str, Tensor]:
         elif name:
             own[name] = value
     return own
-
-
-def check(state: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> None:
-    """Raises ValueError, ten lines at most, unless names and shapes are those expected."""
-    wrong = [f"missing {k}" for k in expected if k not in state]
-    wrong += [f"unexpected {k}" for k in state if k not in expected]
-    wrong += [
-        f"{k} is {tuple(v.shape)}, expected {tuple(expected[k].shape)}"
-        for k, v in state.items()
-        if k in expected and v.shape != expected[k].shape
-    ]
-    if wrong:
-        more = [f"and {len(wrong) - 8} more"] if len(wrong) > 8 else []
-        raise ValueError("\n  ".join([f"{what}, {len(wrong)} tensors:", *wrong[:8], *more]))

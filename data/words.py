@@ -65,8 +65,11 @@ class LmdbWords:
 
     def read(self, i: int) -> tuple[bytes, str]:
         """The encoded picture and the label of word i, from 0. Raises BadImage if one of them is missing."""
-        with _environment(self.path).begin() as records:
-            picture, label = (records.get(b"%s-%09d" % (kind, i + 1)) for kind in (b"image", b"label"))
+        try:
+            with _environment(self.path).begin() as records:
+                picture, label = (records.get(b"%s-%09d" % (kind, i + 1)) for kind in (b"image", b"label"))
+        except lmdb.Error as error:
+            raise BadImage(f"{self.where(i)} cannot be read: {error}: copy the file again") from error
         for kind, record in (("image", picture), ("label", label)):
             if record is None:
                 raise BadImage(f"{self.path / 'data.mdb'}: no {kind}-{i + 1:09d} of {self.size} words")
@@ -75,13 +78,17 @@ class LmdbWords:
     def labels(self) -> Iterator[str]:
         """All labels in order, in one pass over their pages alone. Raises ValueError if one is missing."""
         read = 0
-        with _environment(self.path).begin() as records, records.cursor() as cursor:
-            cursor.set_range(b"label-")
-            for i, (key, label) in zip(range(self.size), cursor.iternext(), strict=False):
-                if key != b"label-%09d" % (i + 1):
-                    break
-                yield label.decode(errors="replace")
-                read += 1
+        try:
+            with _environment(self.path).begin() as records, records.cursor() as cursor:
+                cursor.set_range(b"label-")
+                for i, (key, label) in zip(range(self.size), cursor.iternext(), strict=False):
+                    if key != b"label-%09d" % (i + 1):
+                        break
+                    yield label.decode(errors="replace")
+                    read += 1
+        except lmdb.Error as error:
+            why = f"label-{read + 1:09d} cannot be read: {error}: copy the file again"
+            raise ValueError(f"{self.path / 'data.mdb'}: {why}") from error
         if read < self.size:
             raise ValueError(f"{self.path / 'data.mdb'}: no label-{read + 1:09d} of {self.size} words")
 
@@ -107,7 +114,7 @@ class ListedWords:
     def __init__(self, path: Path):
         self.path = path
         lines = (path / "gt.txt").read_text("utf-8-sig", errors="replace").split("\n")
-        rows = [(number, line.rstrip("\r")) for number, line in enumerate(lines, 1) if line.strip()]
+        rows = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
         for number, line in rows:
             if "\t" not in line:
                 raise ValueError(f"{path / 'gt.txt'}:{number}: expected PATH TAB LABEL, found {line[:60]!r}")

@@ -45,7 +45,7 @@ class Captioner(nn.Module):
         super().__init__()
         self.config = {"dim": dim, "vocabulary": vocabulary, "dropout": dropout}
         special = [vocabulary[i] for i in (PAD, UNK, START, END)] if len(vocabulary) > 3 else []
-        if special != ["<pad>", "<unk>", "<start>", "<end>"]:
+        if special != ["<pad>", "<unk>", "<start>", "<end>"] or {*map(type, vocabulary)} != {str}:
             raise ValueError("a vocabulary is <pad>, the words, <unk>, <start>, <end>, in this order")
         m = n = attention = 384  # Sec. 4.2; Eq. 3's m and n: widths of the embedding and of the LSTM
         self.attention = Attention(dim, n, attention)

@@ -59,7 +59,9 @@ class Pose(nn.Module):
     def __init__(self, dim: int, categories: list[dict]):
         super().__init__()
         self.config = {"dim": dim, "categories": categories}
-        names = categories[0]["keypoints"]
+        names, mirror = categories[0]["keypoints"], categories[0]["mirror"]
+        if sorted(mirror) != [*range(len(names))] or {*map(type, mirror)} != {int}:
+            raise ValueError(f"mirror must hold each of the {len(names)} keypoints once")
         width = 256
         up = dict(kernel_size=4, stride=2, padding=1, bias=False)
         self.decoder = nn.Sequential(
@@ -71,7 +73,7 @@ class Pose(nn.Module):
             if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
                 nn.init.normal_(layer.weight, std=0.001)  # ViTPose's
         nn.init.zeros_(self.decoder[-1].bias)
-        self.register_buffer("mirror", torch.tensor(categories[0]["mirror"]), persistent=False)
+        self.register_buffer("mirror", torch.tensor(mirror), persistent=False)
 
     def forward(self, f, y: list[dict]) -> tuple[Tensor, dict[str, Tensor]]:
         return self.loss(f, y)

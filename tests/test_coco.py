@@ -77,6 +77,14 @@ def test_unusable_boxes_are_dropped_with_a_count(broken, box):
     assert np.isfinite(data.boxes_xyxy).all()
 
 
+def test_boxes_are_cut_at_the_image(broken):
+    folder = broken(spoil("bbox", [-5, -6, 5000, 26.5]))
+    content = json.loads((folder / "annotations" / "instances_train2017.json").read_text())
+    image = next(i for i in content["images"] if i["id"] == content["annotations"][0]["image_id"])
+    boxes = coco.read_instances(folder, "train2017").boxes_xyxy.tolist()
+    assert [0, 0, image["width"], 20.5] in boxes
+
+
 def test_missing_folder_says_what_to_download(tmp_path):
     with pytest.raises(FileNotFoundError, match="instances_train2017.json.*annotations_trainval2017.zip"):
         coco.annotation_file(tmp_path, "instances", "train2017")

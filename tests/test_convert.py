@@ -704,7 +704,7 @@ BAD = {
     "another model": "no vision tower",
     "another ViT": "does not fit --model eva_mini",
     "missing": "missing blocks.3.attn.q_bias",
-    "extra": "and 22 more",
+    "extra": "and 26 more",
     "wrong rank": r"blocks.2.attn.qkv.lora_A is \(6, 192\), expected \(8, 192\)",
     "half a LoRA": "missing blocks.5.attn.qkv.lora_B",
     "LoRA of another": "--model eva_g has width 1408",

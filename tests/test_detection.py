@@ -7,7 +7,9 @@ import torch
 from PIL import Image, ImageDraw
 from torchvision import tv_tensors
 from torchvision.ops import box_convert
+from torchvision.transforms.v2 import functional as TF
 
+import data.detection
 from data.detection import Detection, DetectionAugmentation
 
 
@@ -38,6 +40,24 @@ def test_augmented_boxes_follow_the_pixels(broken, scale):
         box = box_convert(target["boxes_cxcywh"], "cxcywh", "xyxy")[0] * torch.tensor([w, h, w, h])
         found = torch.cat([white.min(0).values.flip(0), white.max(0).values.flip(0) + 1]).float()
         assert (box - found).abs().max() <= 0.02 * max(h, w) + 1.5  # the resized edge is blurred
+
+
+def test_crops_are_384_to_600_px_where_there_are_as_many(monkeypatch):
+    crop, sides = TF.crop, {400: set(), 500: set(), 600: set()}
+
+    def noted(image, top, left, h, w):
+        if isinstance(image, tv_tensors.Image):
+            sides[image.shape[-1]] |= {h, w}
+        return crop(image, top, left, h, w)
+
+    monkeypatch.setattr(data.detection.TF, "crop", noted)
+    augment, box = DetectionAugmentation(), [[10.0, 10, 50, 50]]
+    torch.manual_seed(0)
+    image = tv_tensors.Image(torch.zeros(3, 64, 64, dtype=torch.uint8))
+    for _ in range(200):
+        augment(image, tv_tensors.BoundingBoxes(box, format="XYXY", canvas_size=(64, 64)))
+    for side, found in sides.items():
+        assert 384 <= min(found) < 384 + (side - 384) / 8 and side - (side - 384) / 8 < max(found) <= side
 
 
 def test_release_sizes():

@@ -219,6 +219,30 @@ def test_layers_are_torchs_when_positions_are_zero():
         torch.testing.assert_close(call(ours), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_values_are_read_without_their_positions():
+    """Where all places hold the same, it does not matter where a query looks; but what they hold does."""
+    torch.manual_seed(0)
+    layer = DecoderLayer(32, 4, 64).eval()
+    q, pos, a, b = (torch.randn(2, n, 32) for n in (5, 5, 9, 9))
+    memory = torch.randn(2, 1, 32).expand(-1, 9, -1)
+    torch.testing.assert_close(layer(q, pos, a, memory, None), layer(q, pos, b, memory, None))
+    assert (layer(q, pos, a, b, None) - layer(q, pos, a, memory, None)).abs().max() > 0.01
+
+
+def test_no_object_is_never_an_answer():
+    """The best class of a query that is almost sure of none, with the probability that is left for it."""
+    detr = head()
+    with torch.no_grad():
+        detr.class_embed.bias[-1] = 8
+    f, y = features(), targets(0, 0)
+    probabilities = detr.decode(f)[0][-1].softmax(-1)
+    assert probabilities.argmax(-1).eq(80).all()
+    for answer, p in zip(detr.predict(f, y), probabilities, strict=True):
+        assert answer["labels"].max() < 80
+        torch.testing.assert_close(answer["scores"], p[torch.arange(100), answer["labels"]])
+        torch.testing.assert_close(answer["scores"], p[:, :80].amax(1))
+
+
 def test_predict_scales_to_the_original_image():
     model, y = head(), targets(1, 1)
     logits, boxes = model.decode(features())

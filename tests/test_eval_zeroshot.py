@@ -1,8 +1,10 @@
 """eval_zeroshot.py end to end, against open_clip's own preprocessing, classifier and towers."""
 
+import argparse
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import open_clip
@@ -16,7 +18,7 @@ from torch import nn
 import backbone as vit
 import eval_zeroshot
 import lora
-from clip import Clip, _architecture
+from clip import Clip, _architecture, cached_texts
 from data import zeroshot
 from ranks import Ranks
 from tests.conftest import SHARED
@@ -92,6 +94,30 @@ def base(model, tmp_path) -> list:
         5,
         *cache,
     ]
+
+
+def test_texts_are_computed_again_for_whatever_they_depend_on(tmp_path):
+    """Not for the same list again; for other texts, templates, types, seeds of random weights, configs."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    calls = []
+
+    def features(texts, templates, batch):
+        calls.append(texts)
+        return torch.full((len(texts), 4), float(len(calls)))
+
+    def cached(texts=("a", "b"), templates=("{}",), config="x", dtype=torch.float32, seed=0):
+        ranks = Ranks(0, 1, torch.device("cpu"), dtype)
+        args = argparse.Namespace(clip_weights="random", seed=seed, text_cache=tmp_path, batch=2)
+        stub = SimpleNamespace(ranks=ranks, dim=4, text_features=features)
+        return cached_texts(stub, list(texts), list(templates), {"embed_dim": config}, args)
+
+    try:
+        assert cached().eq(1).all() and cached().eq(1).all() and len(calls) == 1
+        changes = dict(texts=("a", "c")), dict(templates=("a {}",)), dict(config="y")
+        for n, change in enumerate((*changes, dict(dtype=torch.bfloat16), dict(seed=1)), 2):
+            assert cached(**change).eq(n).all() and cached(**change).eq(n).all() and cached().eq(1).all()
+    finally:
+        dist.destroy_process_group()
 
 
 def result(out: Path) -> dict:

@@ -77,6 +77,13 @@ def test_shares_cover_every_item_once(world):
     assert sorted(seen) == list(range(7))
 
 
+def test_a_batch_comes_again_until_all_of_it_is_done():
+    """With the items that are done, as the batches must be those of a run that was not interrupted."""
+    args, ranks = options("--workers", 0, "--batch", 2), Ranks(0, 1, torch.device("cpu"), torch.float32)
+    left = [batch.tolist() for batch in evaluation.loader(Numbers(), args, ranks, done={0, 1, 3, 6})]
+    assert left == [[2, 3], [4, 5]]
+
+
 class Broken(Numbers):
     def __getitem__(self, i):
         return BadImage(f"picture {i}") if i == 5 else i

@@ -91,6 +91,22 @@ def test_sha256_is_hashlibs(tmp_path):
     assert files.sha256(tmp_path / "a") == hashlib.sha256(content).hexdigest()
 
 
+def test_a_fingerprint_sees_each_piece_size_and_name(tmp_path):
+    content = bytes(300_000)
+    (tmp_path / "w.pt").write_bytes(content)
+    known = files.fingerprint(tmp_path / "w.pt")
+    assert known == files.fingerprint(tmp_path / "w.pt") and files.fingerprint("random") == "random"
+    for at in (0, 65_536, 150_000, 299_999):
+        (tmp_path / "x.pt").write_bytes(content[:at] + b"1" + content[at + 1 :])
+        assert files.fingerprint(tmp_path / "x.pt") != known
+    (tmp_path / "x.pt").write_bytes(content + b"0")
+    assert files.fingerprint(tmp_path / "x.pt") != known
+    shutil.copy(tmp_path / "w.pt", tmp_path / "a.safetensors")
+    of_a = files.fingerprint(tmp_path)
+    (tmp_path / "a.safetensors").rename(tmp_path / "b.safetensors")
+    assert len({known, of_a, files.fingerprint(tmp_path)}) == 3
+
+
 def test_json_takes_paths(tmp_path):
     files.write_json(tmp_path / "a.json", {"file": tmp_path, "é": 1.5})
     assert json.loads((tmp_path / "a.json").read_text()) == {"file": str(tmp_path), "é": 1.5}

@@ -96,6 +96,13 @@ def test_identity_at_first_then_merged_equals_unmerged_and_unmerge_is_exact(make
             assert torch.equal(model(images), tuned)
 
 
+def test_A_begins_uniform_up_to_one_over_the_root_of_the_width():
+    torch.manual_seed(0)
+    model = lora.attach(timm.create_model("eva_mini", num_classes=0, depth=1), rank=64)
+    A = model.blocks[0].attn.qkv.lora_A.detach() * 192**0.5  # (128, 192)
+    assert A.abs().max() <= 1 + 1e-6 and A.abs().mean() == pytest.approx(0.5, abs=0.01)  # of 24,576
+
+
 def test_merge_changes_q_and_v_rows_only_and_by_the_scaled_product():
     model = timm.create_model("eva_mini", num_classes=0, depth=1)
     lora.attach(model, rank=8, alpha=2.0)

@@ -51,6 +51,12 @@ def test_reading_from_tokens_leaves_cls_out_and_needs_enough_of_them():
         OcrHead(24, 26, "ab")
 
 
+def test_positions_begin_half_as_large_as_tokens():
+    torch.manual_seed(0)
+    position = OcrHead(24, 33, "ab", width=64).position.detach()
+    assert position.std().item() == pytest.approx(0.5, rel=0.05) and abs(position.mean()) < 0.05  # of 2,112
+
+
 def test_the_head_learns_what_its_features_say():
     """Eight fixed pictures' features, eight words."""
     torch.manual_seed(0)

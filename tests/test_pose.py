@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -255,6 +257,45 @@ def test_mirrored_crops_fit_to_the_pixel():
     mirrored = crop * np.float32([-1, 1, 1, 1]) + np.float32([119, 0, 0, 0])
     a, b = pose.warp(image, crop, (224, 168)).flip(2), pose.warp(image.flip(2), mirrored, (224, 168))
     assert (a.int() - b.int()).abs().max() <= 1  # rounding
+
+
+def test_a_mirrored_sample_is_the_mirror_of_the_sample(people, monkeypatch):
+    """To the pixel, where neither size nor angle is drawn; a region one pixel off would not be."""
+    stream, flip = pose.Pose(people, "train2017"), []
+    monkeypatch.setattr(torch, "randn", lambda *_: torch.zeros(()))
+    monkeypatch.setattr(torch, "rand", lambda *_: torch.tensor(flip.pop(0)))
+    image = torch.randint(0, 256, (3, 90, 120), dtype=torch.uint8)
+    (plain, y), (mirrored, t) = (
+        (flip.extend((0.9, draw, 0.9)), stream.sample(image, 0, 14))[1] for draw in (0.9, 0.1)
+    )
+    assert (plain.flip(2).int() - mirrored.int()).abs().max() <= 1  # rounding
+    last, swapped = plain.shape[2] - 1, y["keypoints"][CATEGORIES[0]["mirror"]]
+    expected = swapped * torch.tensor([-1, 1, 1]) + torch.tensor([last, 0, 0])
+    torch.testing.assert_close(t["keypoints"], expected, atol=1e-3, rtol=0)
+
+
+def normalize_on_two(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    norm, x = pose_head.BatchNorm(3), torch.load(f"{folder}/x.pt")[2 * rank : 2 * rank + 2]
+    y = norm(x)
+    state = {k: v for k, v in norm.state_dict().items() if "running" in k}
+    torch.save({**state, "y": y.detach()}, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_two_ranks_normalize_and_remember_as_one(tmp_path):
+    """Of four crops with few pixels, where n / (n - 1) of the running variance shows."""
+    torch.manual_seed(0)
+    x, norm = torch.randn(4, 3, 2, 2) * 3 + 1, nn.BatchNorm2d(3)
+    torch.save(x, tmp_path / "x.pt")
+    mp.start_processes(normalize_on_two, (str(tmp_path),), nprocs=2, start_method="fork")
+    y, parts = norm(x), [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    torch.testing.assert_close(torch.cat([part["y"] for part in parts]), y)
+    for part in parts:
+        torch.testing.assert_close(part["running_mean"], norm.running_mean)
+        torch.testing.assert_close(part["running_var"], norm.running_var)
 
 
 def test_keypoints_follow_the_pixels(people, tmp_path):

@@ -34,6 +34,13 @@ def test_jitter_moves_masks_as_it_moves_pixels():
     assert len(sizes) > 10 and max(sizes) == (112, 112)
 
 
+def test_jitter_is_from_a_tenth_to_twice():
+    torch.manual_seed(0)
+    scales = np.array([max(Jitter.draw(300, 400, 400).size) / 400 for _ in range(400)])
+    assert 0.099 < scales.min() < 0.15 and 1.95 < scales.max() < 2.001
+    assert scales.mean() == pytest.approx(1.05, abs=0.08)  # uniform; three standard errors
+
+
 def test_real_masks_are_pycocotools(real_coco):
     stream = Segmentation(real_coco, "train2017")
     reference = COCO(real_coco / "annotations" / "instances_train2017.json")

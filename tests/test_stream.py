@@ -58,6 +58,8 @@ def test_fraction_and_exclusion(scenes):
     assert len(half.rows) == 6 and set(half.rows) < set(all_of_it.rows)
     assert set(ids(fraction=0.25).rows) < set(half.rows)  # Table 10's parts are nested
     assert half.fingerprint != all_of_it.fingerprint
+    assert len(ids(fraction=0.3).rows) == 4  # of 3.6
+    assert any(set(ids(fraction=0.5, seed=seed).rows) != set(half.rows) for seed in (1, 2))
     left = ids(exclude={1, 2, 999})
     assert left.ids[left.rows].tolist() == list(range(3, 13)) and "2 images excluded" in left.notes[-1]
     with pytest.raises(ValueError, match="no image left"):

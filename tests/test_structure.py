@@ -17,7 +17,7 @@ RULES = {  # what each module imports of ours, at most; those of a folder that a
     "data": ("data", "files"),
     "scores": ("scores",),
     "lora": ("files",),
-    "backbone": ("weights", "ranks"),
+    "backbone": ("files", "weights", "ranks"),
     "training": ("ranks", "files"),
     "tasks": ("data", "heads", "files"),
     "evaluation": ("ranks", "files", "lora"),

@@ -179,7 +179,7 @@ def test_resuming_with_other_options_lists_them(group, tmp_path):
     changed, _ = trained_checkpoint(tmp_path, 0, arguments(lr=0.2, batch=3, workers=9, out="y"))
     changed.made_of = {"data": "other data"}
     with pytest.raises(
-        ValueError, match=r"lr was 0.1, is 0.2; batch was 2, is 3; data was data, is other data"
+        ValueError, match=r"lr was 0.1, is 0.2; batch was 2, is 3; data was 'data', is 'other data'"
     ):
         changed.load()
     for part in ("workers", "out was"):  # these may change

@@ -1,5 +1,6 @@
 """VQA: official files, rules on real and hand-worked cases, eval_vqa.py end to end on a tiny BLIP-2."""
 
+import argparse
 import json
 import os
 import signal
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from answers import Answers
+from answers import Answers, add_generation_options, generation_settings
 from data import vqa
 from tests import tiny_blip2
 from tests.conftest import SHARED
@@ -54,6 +55,26 @@ def write_set(folder: Path, images: int = 5, each: int = 3) -> list[str]:
     return ["--kind", "vqav2", *files, "--images", folder / "images", "--workers", "0", "--batch", "2"]
 
 
+# --- answers
+
+
+def test_items_are_done_when_all_variants_of_all_are():
+    found = object.__new__(Answers)
+    found.of_item = {1: {"before": "a"}, 2: {"before": "a", "after": "b"}}
+    assert found.have([2], ["before", "after"]) and found.have([1, 2], ["before"])
+    assert not found.have([1], ["before", "after"]) and not found.have([2, 3], ["before"])
+
+
+@pytest.mark.parametrize("beams, given, used", [(5, None, 1.0), (5, 0.3, 0.3), (5, 0.0, 0.0), (1, 0.3, None)])
+def test_the_length_penalty_is_the_options_where_there_are_beams(beams, given, used):
+    p = argparse.ArgumentParser()
+    add_generation_options(p, least=1, most=10, length_penalty="")
+    args = p.parse_args([])
+    args.beams, args.length_penalty = beams, given
+    settings = generation_settings(args, length_penalty=1.0)
+    assert settings.get("length_penalty") == used and settings["num_beams"] == beams
+
+
 # --- rules
 
 
@@ -81,6 +102,7 @@ def test_accuracy_by_construction(by_construction, run, tmp_path, results):
     [
         ("yes", ["yes"] * 10, 1, 1),
         ("Yes.", ["yes"] * 10, 1, 0),  # unanimous: the official rule normalizes nothing
+        ("yes.", ["yes."] * 10, 0, 1),  # LAVIS normalizes the answer alone, then
         ("two", ["2"] * 10, 1, 0),
         ("2", ["two"] * 10, 0, 0),  # LAVIS leaves the humans' number words
         ("2", ["two"] * 9 + ["many"], 0, 1),

@@ -2,6 +2,7 @@
 
 import pickle
 import random
+import re
 from io import BytesIO
 from pathlib import Path
 
@@ -143,6 +144,13 @@ def test_parts_are_mixed_in_equal_shares_and_every_epoch_has_every_word(two_part
     assert words.WordStream(pooled, words.CHARSETS[36], SIZE, seed=3).fingerprint != stream.fingerprint
 
 
+def test_parts_of_one_size_have_orders_of_their_own(tmp_path):
+    parts = {n: words.find([str(write_lmdb(tmp_path / n, some_words(9, k)))]) for k, n in enumerate("ab")}
+    stream = words.WordStream(parts, words.CHARSETS[36], SIZE, seed=3)
+    orders = [[stream.index(2 * at + part) - 9 * part for at in range(9)] for part in range(2)]
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(9)) and orders[0] != orders[1]
+
+
 def test_workers_open_their_own_environment(two_parts):
     """After this process has opened it: one handle must not cross a fork, two in a process are an error."""
     read = words.Words(two_parts["MJ"], SIZE)
@@ -209,6 +217,31 @@ def test_a_missing_label_is_named(tmp_path):
         assert f"no label-{number:09d} of 3 words" in str(words.Words(sets, SIZE)[number - 1])
         with pytest.raises(ValueError, match=f"no label-{number:09d} of 3 words"):
             words.WordStream({"s": sets}, words.CHARSETS[36], SIZE, seed=0)
+
+
+def test_a_page_of_an_lmdb_that_is_no_page_is_named(tmp_path):
+    """Of a set of several pages each one's flags, which say what it is, are blotted out. The rest is read."""
+    labels = ["one", "two", "six", "ten"] * 10
+    pictures = {f"image_{i:09d}": drawn(text).ljust(1500, b"\0") for i, text in enumerate(labels, 1)}
+    file = write_lmdb(tmp_path / "s", labels, **pictures) / "data.mdb"
+    content, size, told = file.read_bytes(), 4096, []
+    for page in range(2, len(content) // size):
+        folder, flags = tmp_path / f"page{page}", page * size + 10
+        folder.mkdir()
+        (folder / "data.mdb").write_bytes(content[:flags] + b"\0\0" + content[flags + 2 :])
+        try:
+            (found,) = words.find([str(folder)]).values()
+            assert list(found.labels()) == labels
+        except ValueError as error:
+            told.append(str(error))
+        else:
+            read = [words.Words({"s": found}, SIZE)[i] for i in range(40)]
+            whole = [i for i in range(40) if not isinstance(read[i], BadImage)]
+            assert [read[i][1]["label"] for i in whole] == [labels[i] for i in whole] and len(whole) > 20
+            told += [str(item) for item in read if isinstance(item, BadImage)]
+    for kind in ("opened as an LMDB", "label-0000000.. cannot be read", "image-0000000.. cannot be read"):
+        assert any(re.search(f"data.mdb:? .*{kind}.*CORRUPTED", text) for text in told), told
+    assert all("data.mdb" in text and "\n" not in text for text in told)
 
 
 def test_an_lmdb_that_a_download_cut_off_is_refused(tmp_path):
