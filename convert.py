@@ -446,8 +446,8 @@ def size(state: dict[str, Tensor]) -> int:
 def write(dst: Path, state: dict[str, Tensor], **header: dict) -> None:
     """A .safetensors, with what is given as JSON in its header, or torch's .pt."""
     if dst.suffix == ".pt":
-        with files.replacing(dst, size(state)) as part:
-            torch.save(state, part)
+        with files.replacing(dst, size(state)) as part, open(part, "wb") as file:
+            torch.save(state, file)  # given a path, it would hide the disk's error
     else:
         files.save(state, dst, **header)
 

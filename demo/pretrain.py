@@ -22,13 +22,13 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save_file
 from timm.layers import PatchDropoutWithIndices
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import files  # noqa: E402
 from backbone import register_models  # noqa: E402
 from demo import world  # noqa: E402
 from ranks import launch  # noqa: E402
@@ -135,9 +135,7 @@ def save(model: torch.nn.Module, path: Path, tokens: Tensor) -> None:
     unseen = torch.ones(len(state["token_embedding.weight"]), dtype=torch.bool)
     unseen[tokens.unique().long()] = False
     state["token_embedding.weight"][unseen] = 0
-    part = path.with_suffix(".tmp")
-    save_file(state, part)
-    part.replace(path)
+    files.save(state, path)
 
 
 class Test:
@@ -308,9 +306,8 @@ def main() -> None:
             print(line, flush=True)
             sums.clear()
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            part = last.with_suffix(".tmp")
-            torch.save({**state, "step": step + 1, "seconds": seconds}, part)
-            part.replace(last)
+            with files.replacing(last) as part, open(part, "wb") as file:
+                torch.save({**state, "step": step + 1, "seconds": seconds}, file)
             save(model, args.out / "eva_mini_clip.safetensors", tokens)
 
 

@@ -15,7 +15,6 @@ import torch
 import lora
 import tasks
 from backbone import load
-from demo import world
 from training import minimize, sharded_adamw
 
 GPUS = torch.cuda.device_count()
@@ -33,14 +32,6 @@ def script(name: str, *options, ranks: int = 1, code: int = 0) -> str:
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=900)
     assert bool(done.returncode) == bool(code), done.stdout + done.stderr
     return done.stdout + done.stderr
-
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("gpu")
-    world.write(out, "train2017", 24, 224, seed=0)
-    world.write(out, "val2017", 8, 224, seed=1)
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -95,24 +86,27 @@ def test_dW_is_not_lost_in_the_rounding_of_what_it_is_added_to(dtype, std):
 
 @pytest.mark.parametrize("dtype", TYPES)
 def test_dW_arrives_at_the_end_of_the_network(dtype):
-    """EVA-ViT-G, 40 blocks of random weights: the features' change in 16 bit lies along the one in fp32."""
+    """EVA-ViT-G, 40 blocks of random weights: the features' change in 16 bit lies along the one in fp32.
+
+    In bf16 the roundings' noise is several times the change; over 64 images it averages out.
+    """
     changes = {}
-    images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(1)).cuda()
+    images = torch.randn(64, 3, 224, 224, generator=torch.Generator().manual_seed(1)).cuda()
     for kind in (torch.float32, TYPES[dtype]):
-        backbone = load("eva_g", "random", torch.float32, "cpu").to("cuda", kind)
+        backbone = load("eva_g", "random", TYPES[dtype], "cuda").to(kind)  # the same weights in both
+        torch.manual_seed(2)  # and the same A and B
         lora.attach(backbone.vit, rank=64)
-        torch.manual_seed(2)
         for name, p in lora.parameters(backbone.vit).items():
             if name.endswith("lora_B"):
-                torch.nn.init.normal_(p, std=0.02)
+                torch.nn.init.normal_(p, std=0.04)
         with torch.no_grad(), torch.autocast("cuda", kind, enabled=kind != torch.float32):
-            after = backbone(images).cls.double()
+            after = backbone(images).grid
             lora.switch(backbone.vit, on=False)
-            changes[kind] = (after - backbone(images).cls.double()).flatten()
+            changes[kind] = (after - backbone(images).grid).flatten().double()
     true, seen = changes[torch.float32], changes[TYPES[dtype]]
     projection, cosine = float(seen @ true / (true @ true)), float(torch.cosine_similarity(seen, true, 0))
     print(f"\n{dtype}: gain at the end {projection:.3f}, cosine {cosine:.3f}")
-    assert projection >= 0.9
+    assert 0.9 < projection < 1.1
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -133,8 +127,8 @@ def test_full_fine_tuning_moves_most_weights(scenes, heads, tmp_path, dtype):
     at = options.index("--rank")
     del options[at : at + 4]  # --rank and --lora-alpha are refused beside --full
     script("stage2_lora", *options)
-    start = load("eva_mini", "random").vit.state_dict()
-    moved = [(v.cpu() != start[k]).float().mean() for k, v in
+    start = load("eva_mini", "random", device="cuda").vit.state_dict()
+    moved = [(v.cpu() != start[k].cpu()).float().mean() for k, v in
              torch.load(tmp_path / "last.pt")["trained"].items() if k.endswith("weight")]  # fmt: skip
     assert torch.stack(moved).mean() > 0.9
 
