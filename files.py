@@ -236,7 +236,11 @@ def read_head(path: str | Path, Head: type[nn.Module], config: dict, dim: int) -
     state = read_tensors(path)
     most = max((n for value in state.values() for n in value.shape), default=0)
     try:
-        if wrong := [k for k, v in config.items() if type(v) is int and not 0 < v <= most]:
+        numbers = {
+            k: v if type(v) is list else [v] for k, v in config.items() if k != "points"
+        }  # of the loss
+        sizes = {k: v for k, v in numbers.items() if {int}.issuperset(map(type, v))}
+        if wrong := [k for k, v in sizes.items() if not all(0 < n <= most for n in v)]:
             raise ValueError(f"{wrong[0]} {shown(config[wrong[0]])}, of its tensors no side is above {most}")
         head = Head(**config)
     except Exception as error:  # whatever a size that is none makes torch raise

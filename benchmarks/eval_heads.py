@@ -70,7 +70,9 @@ def quality_seconds(folder: Path, count: int, distinct: int = 50) -> float:
 
 def loops(task: str, backbone, folder: Path, args) -> dict[str, list[float]]:
     """Seconds for each batch of the bare backbone, and of the evaluation."""
-    options = argparse.Namespace(coco=folder, split="val2017", image_scale=args.image_scale, limit=None)
+    options = argparse.Namespace(
+        coco=folder, split="val2017", image_scale=args.image_scale, size=None, limit=None
+    )
     options.persons, options.out, options.seed = None, folder / "out", 0
     items = open_items(task, options)
     items.patch = backbone.patch

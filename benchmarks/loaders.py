@@ -52,7 +52,13 @@ def main() -> None:
     training.Log.next, training.Log.add = fetched, added
     with tempfile.TemporaryDirectory() as out:
         same = dict(
-            coco=args.coco, split="train2017", seed=0, image_scale=1.0, data_fraction=1.0, captions=None
+            coco=args.coco,
+            split="train2017",
+            seed=0,
+            image_scale=1.0,
+            size=None,
+            data_fraction=1.0,
+            captions=None,
         )
         same |= dict(exclude_images=None, min_count=6, skip_bad_images=False)
         torch.manual_seed(0)
