@@ -135,6 +135,14 @@ def test_pictures_are_pillows_in_rgb(tmp_path):
     np.testing.assert_array_equal(files.open_picture(np.asarray(colours)), colours)
 
 
+def test_16_bit_grey_is_rounded_to_its_255th():
+    """All 65,536 values."""
+    grey = np.arange(65536).reshape(256, 256)
+    read = np.asarray(files.open_picture(encoded(Image.fromarray(grey.astype(np.uint16)))))
+    expected = (2 * 255 * grey + 65535) // (2 * 65535)  # the nearest whole number, in whole numbers
+    np.testing.assert_array_equal(read, np.stack([expected] * 3, -1))
+
+
 def test_bad_pictures_are_named(tmp_path):
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8))
     path = tmp_path / "a.jpg"

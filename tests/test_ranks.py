@@ -145,3 +145,14 @@ def test_without_git_the_commit_is_unknown(monkeypatch):
     """As in slim containers."""
     monkeypatch.setenv("PATH", "")
     assert ranks.provenance()["commit"] == "unknown"
+
+
+@pytest.mark.parametrize("seed, good", [(0, True), (2**63 - 1, True), (2**63, False), (-1, False)])
+def test_seeds_are_those_that_torch_takes(seed, good):
+    args = argparse.Namespace(workers=0, seed=seed)
+    if good:
+        ranks.check_process_options(args)
+        torch.Generator().manual_seed(seed)
+    else:
+        with pytest.raises(ValueError, match=f"--seed must be at least 0 and below 2.63, got {seed}"):
+            ranks.check_process_options(args)

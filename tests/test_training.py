@@ -149,6 +149,15 @@ def test_a_checkpoint_is_tensors_and_json_and_restores_exactly(group, tmp_path):
         assert torch.equal(ours, theirs)
 
 
+def test_the_scale_of_fp16s_gradients_is_part_of_a_checkpoint(group, tmp_path):
+    saved, resumed = (trained_checkpoint(tmp_path, 0)[0] for _ in range(2))
+    saved.scaler = torch.amp.GradScaler("cpu", init_scale=32.0, growth_interval=7)
+    resumed.scaler = torch.amp.GradScaler("cpu")
+    saved.save(1)
+    assert resumed.load() == 1 and resumed.scaler.get_scale() == 32
+    assert resumed.scaler.state_dict() == saved.scaler.state_dict()
+
+
 @pytest.mark.parametrize("damage", ["truncated", "gone", "leftover"])
 def test_a_half_written_checkpoint_leaves_the_one_before(group, tmp_path, damage, capfd):
     checkpoint, network = trained_checkpoint(tmp_path, 2)
