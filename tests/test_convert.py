@@ -795,6 +795,6 @@ def test_a_disk_that_fills_up_leaves_nothing(files, tmp_path, run, dst, to):
         code, _, err = run("convert", "export", target, *options)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert code == 2 and "not written" in err, err
+    assert code == 2 and "not written" in err and (to == "peft" or "File too large" in err), err
     assert sorted(tmp_path.iterdir()) == before
     assert not target.exists() or target.read_bytes() == b"as it was"
