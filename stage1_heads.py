@@ -35,6 +35,7 @@ def main() -> None:
     p.add_argument("--cache", metavar="DIR", help=kept)
     tasks.add_head_options(p)  # --queries, --layers, --points, --dropout
     add_backbone_options(p)  # --model, --weights, --no-cls, --imagenet-norm
+    tasks.add_size_options(p.add_argument)  # --image-scale, --size
     training.add_options(p)  # --coco and what of it is used; --warmup, --resume, --save-every, --compile, ...
     add_process_options(p)  # --backbone-dtype, --workers, --seed
     args = p.parse_args()
@@ -44,6 +45,7 @@ def main() -> None:
             setattr(args, name, getattr(task, name))
     args.out = args.out or f"out/{args.task}"
     training.check_options(args)
+    tasks.check_size(args)
     if args.batch < 1:
         raise ValueError(f"--batch must be at least 1, got {args.batch}")
     if args.cache and not args.size:

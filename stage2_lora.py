@@ -49,12 +49,14 @@ def main() -> None:
     add("--checkpoint-blocks", default="auto", metavar="N|auto", help=blocks)
     add("--out", default="out/visft", help="folder for all that this run writes")
     add_backbone_options(p)  # --model, --weights, --no-cls, --imagenet-norm
+    tasks.add_size_options(p.add_argument)  # --image-scale, --size
     training.add_options(p)  # --coco and what of it is used; --warmup, --resume, --save-every, --compile, ...
     add_process_options(p)  # --backbone-dtype, --workers, --seed
     args = p.parse_args()
     args.probs = task_probs(args.tasks, args.probs)
     args.batch = task_batches(args.tasks, args.batch)
     training.check_options(args)
+    tasks.check_size(args)
     check_backbone_options(args)
     if args.full:
         refuse_unused(args, p, "rank lora_alpha", "with --full, which tunes all of M")

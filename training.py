@@ -21,7 +21,6 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import files
-import tasks
 from ranks import check_process_options, to_device
 
 CLIP_GRAD = 0.1  # L2 norm over all trained parameters; not in the paper; the authors' release
@@ -44,7 +43,6 @@ def add_options(p: argparse.ArgumentParser) -> None:
     add("--captions", metavar="FILE", help=f"captioning: {karpathy}")
     add("--min-count", type=int, default=6, help="captioning: how often a word must occur (the release: 6)")
     add("--exclude-images", metavar="FILE", help="ids to leave out, or a Karpathy JSON (its test and val)")
-    tasks.add_size_options(add)  # --image-scale, --size
     add("--data-fraction", type=float, default=1.0, help="train on this part of the images (Table 10)")
     add("--skip-bad-images", action="store_true", help="count undecodable images and take the next one")
     run = p.add_argument_group("run")
@@ -70,7 +68,6 @@ def check_options(args: argparse.Namespace) -> None:
         raise ValueError(f"--min-count must be at least 1, got {args.min_count}")
     if not 0 < args.data_fraction <= 1:
         raise ValueError(f"--data-fraction must be in (0, 1], got {args.data_fraction}")
-    tasks.check_size(args)
     if args.exclude_images and not Path(args.exclude_images).is_file():
         raise FileNotFoundError(f"--exclude-images {args.exclude_images}: no such file")
     check_new(args, args.out)

@@ -193,7 +193,7 @@ def made(scenes, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("made")
     torch.manual_seed(0)
     for task in ("detection", "segmentation", "panoptic", "pose"):
-        args = Namespace(coco=scenes, split="val2017", image_scale=0.2, limit=None, persons=None)
+        args = Namespace(coco=scenes, split="val2017", image_scale=0.2, size=None, limit=None, persons=None)
         head = tasks.find(task).Head(192, validation.open_items(task, args).categories)
         for p in head.parameters():
             nn.init.normal_(p, std=0.08) if p.dim() > 1 else None  # else all queries answer alike

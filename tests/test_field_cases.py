@@ -85,6 +85,7 @@ def case(tmp_path):
 
 def options(folder: Path, **changed) -> argparse.Namespace:
     known = dict(coco=folder, split=SPLIT, seed=0, image_scale=0.1, limit=None, persons=None, captions=None)
+    known["size"] = None
     known |= dict(min_count=1, data_fraction=1.0, exclude_images=None, skip_bad_images=False)
     return argparse.Namespace(**{**known, **changed})
 

@@ -21,7 +21,7 @@ RULES = {  # what each module imports of ours, at most; those of a folder that a
     "training": ("ranks", "files"),
     "tasks": ("data", "heads", "files"),
     "evaluation": ("ranks", "files", "lora"),
-    "feature_cache": ("evaluation", "lora", "ranks", "files", "data.stream"),
+    "feature_cache": ("evaluation", "lora", "ranks", "files", "data.stream", "backbone"),
     "clip": ("lora", "files", "backbone", "ranks", "weights"),
     "blip2": ("lora", "files", "backbone", "ranks", "weights"),
     "answers": ("ranks", "blip2"),
