@@ -247,7 +247,7 @@ def predict(backbone: Backbone, set_M, variants: list[str], pictures: dict[Path,
         for file, name in pictures.items():
             pixels, answers = files.read_picture(file), {}
             if task == "pose":
-                samples = crops(pixels, file, persons, backbone.patch, args)
+                samples = crops(pixels, file, persons, backbone.patch, args.image_scale, args.size)
             else:
                 image, target = prepare(pixels, task, backbone.patch, args.image_scale, args.size)
                 samples = [(image, {"image_id": 0, **target})]
@@ -289,7 +289,9 @@ def read_persons(path: Path) -> dict[int | str, list[tuple[list[float], float]]]
     return found
 
 
-def crops(pixels: Tensor, file: Path, persons: dict | None, patch: int, args) -> list[tuple]:
+def crops(
+    pixels: Tensor, file: Path, persons: dict | None, patch: int, scale: float, size=None
+) -> list[tuple]:
     """What the pose head is to see of each person. Raises ValueError if the file's name is no image id."""
     from data.pose import person_crop
 
@@ -301,7 +303,7 @@ def crops(pixels: Tensor, file: Path, persons: dict | None, patch: int, args) ->
         raise ValueError(
             f"{file}: --persons goes by image ids, and this name is none (000000000139.jpg: 139)"
         )
-    made = [(person_crop(pixels, box, patch, args.image_scale, args.size), score) for box, score in boxes]
+    made = [(person_crop(pixels, box, patch, scale, size), score) for box, score in boxes]
     return [(crop, {**target, "image_id": 0, "score": score}) for (crop, target), score in made]
 
 

@@ -28,6 +28,7 @@ class Stream(Dataset):
     """
 
     task: str
+    size: int | None = None  # px of the square that images are squashed to, not augmented
 
     def choose(self, seed: int, fraction: float, exclude: set, skip_bad: bool, counts=None) -> None:
         """Fix which images are used: a seeded part of those not excluded. Raises ValueError if none is.

@@ -1,7 +1,6 @@
 """Pictures: attention against its formula by hand, what is drawn against the answer, the script as used."""
 
 import json
-from argparse import Namespace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -194,12 +193,11 @@ def test_keypoints_as_used(run, scenes, tmp_path):
     code, _, err = run("visualize", "predict", tmp_path / "holiday.png", *options, *place)
     assert code == 2 and "this name is none" in err
     persons = visualize.read_persons(tmp_path / "boxes.json")
-    scale = Namespace(image_scale=0.5, size=None)
-    (_, half), (_, quarter) = visualize.crops(pixels, first, persons, 14, scale)
+    (_, half), (_, quarter) = visualize.crops(pixels, first, persons, 14, 0.5)
     assert (half["score"], quarter["score"]) == (0.5, 0.25)
     assert half["crop_cxcywh"][:2].tolist() == [16, 22]  # the middle of the box
-    assert visualize.crops(pixels, second, persons, 14, scale) == []
-    ((_, whole),) = visualize.crops(pixels, second, None, 14, scale)
+    assert visualize.crops(pixels, second, persons, 14, 0.5) == []
+    ((_, whole),) = visualize.crops(pixels, second, None, 14, 0.5)
     assert whole["crop_cxcywh"][:2].tolist() == [30, 25] and whole["score"] == 1
 
 
