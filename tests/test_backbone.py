@@ -306,3 +306,13 @@ def test_bad_names_and_files_are_named(tmp_path):
         vit.load("eva_mini", str(tmp_path / "bad.safetensors"))
     with pytest.raises(ValueError, match="multiples of 14"):
         vit.load("eva_mini", "random")(torch.zeros(1, 3, 100, 112))
+
+
+@pytest.mark.parametrize("wrapper", ["model", "module", "state_dict"])
+def test_weights_are_found_in_what_others_wrap_them_in(mini, tmp_path, wrapper):
+    """Of timm and MAE, DeepSpeed, open_clip and Lightning; names as DistributedDataParallel has them."""
+    state = mini.vit.state_dict()
+    torch.save({wrapper: {f"module.{k}": v for k, v in state.items()}, "epoch": 3}, tmp_path / "w.pt")
+    loaded = vit.load("eva_mini", str(tmp_path / "w.pt")).vit.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in state.items())
+    assert not mini.training and not mini.vit.training

@@ -12,6 +12,7 @@ from torch import nn
 
 import backbone as vit
 import eval_goi
+import feature_cache
 import lora
 
 COLOURS = {"circle": (220, 30, 30), "star": (30, 200, 30), "cross": (30, 30, 220), "square": (230, 230, 40)}
@@ -236,3 +237,14 @@ def test_bad_options_and_data_are_one_line(jsonl, tmp_path, run):
         code, _, err = run("eval_goi", *options)
         assert code == 2 and says in err and err.count("\n") == 1, (options, err)
     assert not (tmp_path / "new").exists()
+
+
+def test_only_a_cache_of_the_shape_and_the_type_is_complete(tmp_path):
+    for name, array, good in (
+        ("whole", np.zeros((3, 4), np.float32), True),
+        ("short", np.zeros((2, 4), np.float32), False),
+        ("double", np.zeros((3, 4)), False),
+    ):
+        np.save(tmp_path / f"{name}.npy", array)
+        assert feature_cache.complete(tmp_path / f"{name}.npy", (3, 4)) == good
+    assert not feature_cache.complete(tmp_path / "absent.npy", (3, 4))

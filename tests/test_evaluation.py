@@ -194,3 +194,14 @@ def test_features_that_overflow_are_refused_not_scored(scenes, tmp_path, run, ta
     code, _, err = run("eval_heads", *options, "--backbone-dtype", "fp16")
     assert code == 2 and "not finite in torch.float16" in err and "--backbone-dtype bf16" in err
     assert not (tmp_path / "result.json").exists()
+
+
+def test_params_are_those_of_the_model_without_lora(tmp_path):
+    args, backbone = options("--model", "eva_mini"), load("eva_mini", "random")
+    plain = sum(p.numel() for p in backbone.parameters())
+    lora.attach(backbone.vit, rank=64)
+    assert evaluation.model_columns(args, "before", backbone.vit) == ["eva_mini", f"{plain / 1e6:.1f}M", 0]
+    lora.save(backbone.vit, tmp_path / "lora.safetensors", step=7)
+    args.lora = tmp_path / "lora.safetensors"
+    columns = evaluation.model_columns(args, "after", backbone.vit)
+    assert columns == ["eva_mini ViSFT", f"{plain / 1e6:.1f}M", 7]
