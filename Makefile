@@ -1,7 +1,7 @@
 PYTHON ?= python3
 SEEDS ?= 1
 
-.PHONY: setup test demo demo-pretrain
+.PHONY: setup test demo demo-pretrain demo-heads
 
 setup: .venv/installed
 
@@ -20,3 +20,7 @@ demo-pretrain: setup
 	.venv/bin/python demo/pretrain.py --out out/pretrain --resume
 	cp out/pretrain/eva_mini_clip.safetensors demo/
 	cp out/pretrain/log.jsonl demo/eva_mini_clip.jsonl
+
+demo-heads: setup
+	PATH="$(CURDIR)/.venv/bin:$$PATH" bash runs/heads.sh out/heads
+	mkdir -p demo/heads && cp out/heads/half/* demo/heads/

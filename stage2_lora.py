@@ -38,6 +38,8 @@ def main() -> None:
     add("--rank", type=int, default=64, help="r of LoRA (Sec. 3.2: 64; Table 9)")
     add("--lora-alpha", type=float, default=1.0, help="LoRA's scale x rank (the release: 1; Eq. 1: the rank)")
     add("--full", action="store_true", help="all of M in LoRA's place (a control: not in the paper)")
+    words = "captioning: the words of the head; others are <unk> (default: the data must make the same words)"
+    add("--head-words", action="store_true", help=words)
     add("--head-lr-ratio", type=float, default=0.0, help="heads' rate / --lr (0 = frozen: Alg. 2; Table 11)")
     add("--iters", type=int, default=50_000, help="steps (Sec. 4.2: 50k)")
     add("--batch", nargs="+", default=[], metavar="N|TASK=N", help="per process (Sec. 4.2: 1; captioning 8)")
@@ -60,6 +62,8 @@ def main() -> None:
     check_backbone_options(args)
     if args.full:
         refuse_unused(args, p, "rank lora_alpha", "with --full, which tunes all of M")
+    if args.head_words and "captioning" not in args.tasks:
+        raise ValueError("--head-words has no effect without captioning among the --tasks")
     if args.rank < 1 or not args.lora_alpha > 0 or not args.head_lr_ratio >= 0:
         raise ValueError("--rank must be at least 1, --lora-alpha positive, --head-lr-ratio at least 0")
     if args.checkpoint_blocks != "auto" and not args.checkpoint_blocks.isdecimal():
@@ -74,7 +78,9 @@ def main() -> None:
     out = Path(args.out)
 
     # --- data
-    datasets = tasks.open_streams(args.tasks, args)
+    own = head_files["captioning"] if args.head_words else None
+    words = own and files.read_header(own, "head")["config"]["vocabulary"]
+    datasets = tasks.open_streams(args.tasks, args, words)
 
     # --- model
     # What trains is fp32; with --full that is M, which 16 bit would round back to where it was

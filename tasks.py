@@ -83,19 +83,21 @@ def annotations(task: str, args: argparse.Namespace) -> Path:
     return Path(captions)
 
 
-def open_streams(names: list[str], args: argparse.Namespace) -> dict[str, Stream]:
+def open_streams(names: list[str], args: argparse.Namespace, words: list | None = None) -> dict[str, Stream]:
     """The training streams of several tasks; a file that two of them need is read once."""
     once = cache(read)
-    return {task: open_stream(task, args, once) for task in names}
+    return {task: open_stream(task, args, once, words) for task in names}
 
 
-def open_stream(task: str, args: argparse.Namespace, read: Callable = read) -> Stream:
-    """A task's training stream as the options of both stages describe it."""
+def open_stream(
+    task: str, args: argparse.Namespace, read: Callable = read, words: list | None = None
+) -> Stream:
+    """A task's training stream as the options of both stages describe it; words: a vocabulary, if given."""
     exclude = read_ids(args.exclude_images) if args.exclude_images else set()
     options = dict(scale=args.image_scale, size=args.size, fraction=args.data_fraction)
     options |= dict(exclude=exclude, read=read)
     if task == "captioning":
-        options |= dict(captions=args.captions, min_count=args.min_count)
+        options |= dict(captions=args.captions, min_count=args.min_count, vocabulary=words)
     return find(task).Stream(args.coco, args.split, args.seed, **options, skip_bad=args.skip_bad_images)
 
 

@@ -107,14 +107,14 @@ class Captions(Stream):
     """target: tokens (T + 2,) from <start> to <end>, of one of the image's captions, drawn for each epoch.
 
     captions: a Karpathy JSON, or None for COCO's own captions of the split
-    vocabulary: from all captions read, whatever the fraction and the exclusion leave to train on
+    vocabulary: by default from all captions read, whatever the fraction and the exclusion leave to train on
     """
 
     task = "captioning"
 
     def __init__(
         self, coco, split, seed=0, scale=1.0, fraction=1.0, exclude=frozenset(), skip_bad=False,
-        read=read, captions=None, min_count=6, size=None,
+        read=read, captions=None, min_count=6, size=None, vocabulary=None,
     ):  # fmt: skip
         path = captions
         if captions:
@@ -122,7 +122,7 @@ class Captions(Stream):
         else:
             path = annotation_file(coco, "captions", split)
             images, sentences, left_out = read_captions(coco, split, read)
-        self.vocabulary = make_vocabulary([words for _, words in sentences], min_count)
+        self.vocabulary = vocabulary or make_vocabulary([words for _, words in sentences], min_count)
         if len(self.vocabulary) == 4:
             raise ValueError(f"{path}: no word occurs {min_count} times in its captions: see --min-count")
         read = [(row, words) for row, words in sentences if row is not None]

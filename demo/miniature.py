@@ -3,6 +3,7 @@
     python demo/miniature.py shuffle COCO OUT         # COCO with the annotations of other images
     python demo/miniature.py twice LORA OUT           # dW at twice its scale: a planted fault
     python demo/miniature.py graft M OUT              # the demo's CLIP with M as its vision tower
+    python demo/miniature.py half HEAD OUT            # a head file in fp16
     python demo/miniature.py report OUT               # demo/README.md and its figures, from all results
 
 runs/miniature.sh calls it. A difference is `after` less `before` of the same seed, on the same test items;
@@ -106,6 +107,14 @@ def graft(M: Path, out: Path) -> None:
         f"visual.trunk.{name}": value.to(state[f"visual.trunk.{name}"].dtype) for name, value in trunk.items()
     }
     save_file(state, out)
+
+
+def half(head: Path, out: Path) -> None:
+    """A head file in fp16, which tasks.load_head brings back to fp32."""
+    with safe_open(head, "pt") as file:
+        header = file.metadata()
+    state = {k: v.half() if v.is_floating_point() else v for k, v in load_file(head).items()}
+    save_file(state, out, metadata=header)
 
 
 # --- results
@@ -390,14 +399,14 @@ def report(out: Path, readme: Path) -> None:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=["shuffle", "twice", "graft", "report"])
+    p.add_argument("what", choices=["shuffle", "twice", "graft", "half", "report"])
     p.add_argument("paths", nargs="+", type=Path)
     args = p.parse_args()
     try:
         if args.what == "report":
             report(args.paths[0], args.paths[1] if len(args.paths) > 1 else README)
         else:
-            {"shuffle": shuffle, "twice": twice, "graft": graft}[args.what](*args.paths)
+            {"shuffle": shuffle, "twice": twice, "graft": graft, "half": half}[args.what](*args.paths)
     except (ValueError, OSError) as error:
         print(f"miniature.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -17,6 +17,9 @@ import torch
 from PIL import Image
 
 import backbone as vit
+import tasks
+from data.stream import collate
+from data.validation import prepare
 from demo import pretrain, report, world
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,6 +27,7 @@ WEIGHTS = ROOT / "demo" / "eva_mini_clip.safetensors"
 # What the committed model gets right: of 210 pictures of a thing, 105 signs, 100 scenes and 500 captions
 RIGHT = dict(plain=192, sketch=101, rotated=116, noisy=89)
 READ = 5
+CAPTIONS = 42  # of 60 that name nothing that is not there
 FOUND = {"image to text": [72, 89, 93], "text to image": [223, 361, 415]}  # at 1, 5 and 10
 
 
@@ -108,6 +112,26 @@ def test_it_finds_pictures_and_captions(clip):
     to_image = [s.T.topk(k).indices.eq(own[:, None]).any(1) for k in (1, 5, 10)]
     found = {"image to text": to_text, "text to image": to_image}
     assert {title: [int(r.sum()) for r in right] for title, right in found.items()} == FOUND
+
+
+@torch.no_grad()
+def test_its_head_captions_what_is_there():
+    """To the caption: how many of 60 name things, and only such that are in the scene."""
+    backbone = vit.load("eva_mini.px112", str(WEIGHTS))
+    head = tasks.load_head(ROOT / "demo" / "heads" / "captioning.safetensors", backbone.dim)
+    samples, there = [], []
+    for image_id in range(60):
+        rng = np.random.default_rng((2, image_id))
+        scene = world.scene(rng, 112)
+        pixels = torch.from_numpy(np.array(reopened(scene.image))).permute(2, 0, 1)
+        image, target = prepare(pixels, "captioning", 14, square=112)
+        samples.append((image, {"image_id": image_id, **target}))
+        there.append({thing.name for thing in scene.things})
+    images, valid, y = collate(samples, 14, backbone.mean, backbone.std)
+    answers = head.predict(backbone(images, valid), y)
+    assert head.fc.weight.dtype == torch.float32
+    named = [{*answer["caption"].split()} & {*world.THINGS} for answer in answers]
+    assert sum(bool(n) and n <= t for n, t in zip(named, there, strict=True)) == CAPTIONS
 
 
 def test_alt_text_names_a_part_and_no_positions():

@@ -17,6 +17,7 @@ from scipy import stats
 import backbone as vit
 import files
 import lora
+import tasks
 from demo import miniature, world
 from tests.test_demo import STUB
 
@@ -155,6 +156,19 @@ def test_twice_is_twice_the_update(tmp_path):
     lora.load(other.vit, tmp_path / "new" / "twice.safetensors")
     for name, layer in lora.layers(other.vit).items():
         torch.testing.assert_close(layer.delta(), 2 * once[name])
+
+
+def test_half_is_the_same_head_in_fp16(tmp_path):
+    head = tasks.find("pose").Head(8, [{"keypoints": ["nose", "tail"], "mirror": [0, 1]}])
+    tasks.save_head(head, tmp_path / "pose.safetensors", "pose", step=3)
+    miniature.half(tmp_path / "pose.safetensors", tmp_path / "half.safetensors")
+    again = tasks.load_head(tmp_path / "half.safetensors", 8)
+    assert load_file(tmp_path / "half.safetensors")["decoder.0.weight"].dtype == torch.float16
+    assert files.read_header(tmp_path / "half.safetensors", "head")["step"] == 3
+    for name, value in head.state_dict().items():
+        kept = again.state_dict()[name]
+        assert kept.dtype == value.dtype
+        torch.testing.assert_close(kept, value.half().to(value.dtype) if value.is_floating_point() else value)
 
 
 def test_graft_changes_the_tower_and_nothing_else(tmp_path):

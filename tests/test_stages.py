@@ -301,6 +301,20 @@ def test_kept_features_of_other_weights_or_images_are_not_taken(scenes, tmp_path
         assert len(list((tmp_path / "kept").glob("*.npy"))) == max(1, k)  # --weights random is of --seed
 
 
+def test_stage_2_can_take_the_words_of_the_head(scenes, tmp_path, run):
+    """A head of three words, on data that make others; what it does not know is <unk>."""
+    vocabulary = ["<pad>", "a", "red", "tree", "<unk>", "<start>", "<end>"]
+    path = tmp_path / "captioning.safetensors"
+    tasks.save_head(tasks.find("captioning").Head(192, vocabulary), path, "captioning")
+    options = stage2(scenes, tmp_path / "out", path, tasks="captioning", iters=2)
+    code, _, err = run("stage2_lora", *options)
+    assert code == 2 and "knows 7 words" in err
+    code, out, err = run("stage2_lora", *options, "--head-words")
+    assert code == 0, err
+    stream = tasks.find("captioning").Stream(scenes, "train2017", 0, vocabulary=vocabulary)
+    assert stream.classes == vocabulary and set(stream.tokens.tolist()) == {1, 2, 3, 4, 5, 6}
+
+
 def test_images_of_a_size_are_those_of_the_evaluation(scenes):
     """The same pixels in training as in evaluation, squashed and not augmented; boxes and masks with them."""
     known = dict(coco=scenes, split="train2017", seed=0, image_scale=1.0, size=70, limit=None, persons=None)
@@ -371,6 +385,7 @@ def refusals(scenes, head, tmp: Path) -> list[tuple]:
         ("stage1_heads", [*one, "--queries", 0], "--queries must be at least 1"),
         ("stage1_heads", [*one, "--layers", 0, 3], "--layers must be at least 1"),
         ("stage1_heads", [*one, "--dropout", 1], "--dropout must be in [0, 1)"),
+        ("stage2_lora", [*two, "--head-words"], "--head-words has no effect without captioning"),
         ("stage2_lora", [*two, "--size", 56, "--image-scale", 1], "trained with size None, not 56"),
         ("stage1_heads", [*one, "--task", "captioning", "--captions", absent], "--captions"),
         ("stage1_heads", [*one, "--min-count", 0], "--min-count must be at least 1"),
