@@ -7,16 +7,22 @@ from pathlib import Path
 from unittest.mock import patch
 
 import open_clip
+import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from timm.layers import QuickGELU
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
 from torchvision.transforms import Compose, Normalize, PILToTensor, ToTensor
 
 import files
 import lora
 from ranks import Ranks
-from weights import TIMM_NAMES, read, register_models
+from weights import TIMM_NAMES, read, register_models, tower
+
+# What open_clip's config says of its own ViT if it is the plain one: [CLS] through the last norm and `proj`
+PLAIN = {"image_size", "patch_size", "width", "layers", "head_width", "mlp_ratio", "patch_dropout"}
 
 
 class Clip:
@@ -45,9 +51,12 @@ class Clip:
         self.transform, self.ranks = Compose([*steps, PILToTensor()]), ranks
         self.mean = torch.tensor(normalize.mean, device=ranks.device)[:, None, None]
         self.std = torch.tensor(normalize.std, device=ranks.device)[:, None, None]
+        config = open_clip.get_model_config(name)
+        if plain(config):  # open_clip's attention keeps q, k and v where no LoRA can go
+            model.visual = timm_vit(config, model.visual)
         self.model = model.to(ranks.device, ranks.dtype).requires_grad_(False).eval()
         self.tower = getattr(model.visual, "trunk", model.visual)
-        self.dim: int = open_clip.get_model_config(name)["embed_dim"]
+        self.dim: int = config["embed_dim"]
 
     def pixels(self, images: Tensor) -> Tensor:
         """(B, 3, h, w) uint8 -> normalized floats on the device."""
@@ -110,13 +119,69 @@ def check_clip(args: argparse.Namespace) -> dict:
             f"--clip-weights {args.clip_weights}: neither a file nor `random` nor {theirs}"
         )
     if args.lora:
-        tower = config["vision_cfg"].get("timm_model_name")
-        if tower is None:
-            raise ValueError(f"--clip {args.clip} has no timm vision tower, so {args.lora} cannot go into it")
-        tuned = lora.read_header(args.lora).get("backbone")
-        if tuned and _architecture(TIMM_NAMES.get(tuned, tuned)) != _architecture(tower):
-            raise ValueError(f"{args.lora} was tuned on {tuned}; the tower of --clip {args.clip} is {tower}")
+        check_tower(args, config)
     return config
+
+
+def check_tower(args: argparse.Namespace, config: dict) -> None:
+    """Raises ValueError, naming both, if args.lora cannot go into the vision tower of args.clip."""
+    vision, tuned = config["vision_cfg"], lora.read_header(args.lora).get("backbone")
+    tower, tuned = vision.get("timm_model_name"), TIMM_NAMES.get(tuned, tuned)
+    why = None
+    if tower is None and not plain(config):
+        more = sorted({*vision} - PLAIN)
+        why = (
+            "is CoCa" if "multimodal_cfg" in config else f"has not open_clip's plain ViT ({', '.join(more)})"
+        )
+    elif tower and vision.get("timm_pool") == "map":
+        why = f"pools {tower}'s patches by attention (SigLIP), and only [CLS] is supported"
+    elif tower and "mci" in tower:
+        why = f"has a hybrid, {tower} (MobileCLIP), and only plain ViTs are supported"
+    if why:
+        raise ValueError(f"--clip {args.clip} {why}, so {args.lora} cannot go into it")
+    if tower and tuned and _architecture(tuned) != _architecture(tower):
+        raise ValueError(f"{args.lora} was tuned on {tuned}; the tower of --clip {args.clip} is {tower}")
+    register_models()
+    if tower is None and tuned and timm.is_model(tuned):
+        with torch.device("meta"):
+            theirs, ours = describe(timm.create_model(tuned)), describe(timm_vit(config))
+        if theirs != ours:
+            raise ValueError(
+                f"{args.lora} was tuned on {tuned}: {theirs}; the tower of --clip {args.clip} is {ours}"
+            )
+
+
+def plain(config: dict) -> bool:
+    """Whether an open_clip config is of its own ViT, in the form that timm has too."""
+    vision = config["vision_cfg"]
+    return {"layers", "width"} <= {*vision} <= PLAIN and isinstance(vision["layers"], int)
+
+
+def timm_vit(config: dict, visual: nn.Module | None = None) -> VisionTransformer:
+    """timm's ViT in the place of open_clip's own, with the weights of `visual`; `proj` is its head."""
+    vision = {"patch_size": 16, "head_width": 64, "mlp_ratio": 4.0, "image_size": 224, **config["vision_cfg"]}
+    width, act = vision["width"], QuickGELU if config.get("quick_gelu") else nn.GELU
+    with torch.device("meta"):
+        vit = VisionTransformer(
+            vision["image_size"], vision["patch_size"], num_classes=0, embed_dim=width,
+            depth=vision["layers"], num_heads=width // vision["head_width"], mlp_ratio=vision["mlp_ratio"],
+            pre_norm=True,
+            norm_layer=nn.LayerNorm, act_layer=act,
+        )  # fmt: skip
+        vit.head = nn.Linear(width, config["embed_dim"], bias=False)
+    if visual:
+        state = tower({f"visual.{k}": v for k, v in visual.state_dict().items()}, "open_clip_vit")
+        vit.load_state_dict(state, assign=True)
+    return vit
+
+
+def describe(vit: nn.Module) -> str:
+    """What a LoRA's place depends on, in words."""
+    if not isinstance(vit, VisionTransformer):
+        return type(vit).__name__
+    block, patch = vit.blocks[0], vit.patch_embed.patch_size[0]
+    heads, act = block.attn.num_heads, type(block.mlp.act).__name__
+    return f"{len(vit.blocks)} blocks of width {vit.embed_dim}, {heads} heads, patch {patch}, {act}"
 
 
 def _architecture(timm_name: str) -> str:

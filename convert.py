@@ -62,7 +62,8 @@ RELEASE = {
     },
     "captioning": {r"caption_decoder\.": r""},
 }
-NEEDED = {"open_clip": ("open_clip", "eva_clip"), "blip2": ("blip2", "blip2_vision")}  # others: any tower
+CLIPS = "open_clip", "eva_clip", "open_clip_vit"
+NEEDED = {"open_clip": CLIPS, "eva_clip": CLIPS[:2], "blip2": ("blip2", "blip2_vision")}  # others: any tower
 SUFFIX = {"timm": ".safetensors", "open_clip": ".safetensors", "eva_clip": ".pt", "blip2": "", "peft": ""}
 USE = {  # what the model card says about loading
     "timm": 'timm.create_model("{timm}", num_classes=0, {more}checkpoint_path="{dst}")',
@@ -267,11 +268,14 @@ def export(args: argparse.Namespace) -> None:
             raise FileNotFoundError(f"--results {file}: no such file")
     state = weight_files.read(args.weights)
     source, needed = weight_files.recognize(state), NEEDED.get(args.to, weight_files.TOWERS)
-    if source not in needed or (args.to == "open_clip" and not any(k.startswith("text.") for k in state)):
+    whole = any(k.startswith(("text.", "token_embedding.")) for k in state)
+    if source not in needed or (args.to == "open_clip" and not whole):
         needed = " or ".join(needed)
         raise ValueError(f"{args.weights} is {source or 'no ViT'}: --to {args.to} needs a whole {needed}")
     if args.to == "blip2" and not Path(args.weights).is_dir():
         raise ValueError(f"{args.weights}: --to blip2 needs the folder that save_pretrained wrote")
+    if args.to == "peft" and source == "open_clip_vit":
+        raise ValueError(f"{args.weights}: open_clip's own ViT has no layer for q and v that PEFT could tune")
     tower, header, updates, told = weight_files.tower(state, source), {}, {}, []
     if args.to in ("blip2", "peft") and not args.model:  # any size: only the LoRA has to fit
         name = f"the vision tower of {Path(args.weights).name}"
@@ -292,8 +296,12 @@ def export(args: argparse.Namespace) -> None:
             dst, Path(args.weights), {weight_files.file_name(k, source): u for k, u in updates.items()}, text
         )
     else:
-        out = {weight_files.file_name(k, args.to): merge(v, updates.get(k)) for k, v in tower.items()}
-        if args.to != "timm" and source in NEEDED["open_clip"]:
+        out, target = {k: merge(v, updates.get(k)) for k, v in tower.items()}, args.to
+        if target == "open_clip" and source == "open_clip_vit":  # its own names, and its shapes
+            out, target = {k: v.T if k == "head.weight" else v for k, v in out.items()}, source
+            out |= {"cls_token": out["cls_token"].flatten(), "pos_embed": out["pos_embed"][0]}
+        out = {weight_files.file_name(k, target): v.contiguous() for k, v in out.items()}
+        if args.to != "timm" and source in CLIPS:
             out |= {k: v for k, v in state.items() if weight_files.timm_name(k, source) is None}
         write(dst, out)
         dst.with_suffix(".md").write_text(text)

@@ -20,15 +20,16 @@ TIMM_NAMES = {  # ours -> timm's
     "eva_e": "eva02_enormous_patch14_clip_224.laion2b_plus",  # Table 2, EVA-ViT-E: EVA02-CLIP-E-plus, 4.4 B
 }
 
-TOWERS = {  # formats of --weights: where a file keeps the vision tower. Values and layouts never differ
-    "open_clip": "visual.trunk.",
+TOWERS = {  # formats of --weights: where a file keeps the vision tower
+    "open_clip": "visual.trunk.",  # one of timm's
+    "open_clip_vit": "visual.",  # its own ViT: OpenAI's CLIPs and most of LAION's
     "eva_clip": "visual.",  # the original EVA-CLIP .pt
     "lavis": "visual_encoder.",  # BLIP-2 as LAVIS saves it; its eva_vit_g.pth has timm's names
     "blip2": "vision_model.",  # BLIP-2 as transformers saves it, or
     "timm": "",
     "blip2_vision": "",  # its vision model alone
 }
-TRANSFORMERS = {  # timm's name -> transformers', in the formats blip2 and blip2_vision
+BLIP2 = {  # timm's name -> transformers'
     "cls_token": "embeddings.class_embedding",
     "pos_embed": "embeddings.position_embedding",
     "patch_embed.proj": "embeddings.patch_embedding",
@@ -38,6 +39,26 @@ TRANSFORMERS = {  # timm's name -> transformers', in the formats blip2 and blip2
     "attn.qkv": "self_attn.qkv",
     "attn.proj": "self_attn.projection",
     "norm": "post_layernorm",
+}
+RENAMES = {  # format -> its table of names, if they are not timm's
+    "blip2": BLIP2,
+    "blip2_vision": BLIP2,
+    "open_clip_vit": {
+        "head.weight": "proj",  # first: the others have a proj in timm's name
+        "cls_token": "class_embedding",
+        "pos_embed": "positional_embedding",
+        "patch_embed.proj": "conv1",
+        "norm_pre": "ln_pre",
+        "blocks": "transformer.resblocks",
+        "norm1": "ln_1",
+        "norm2": "ln_2",
+        "attn.qkv.weight": "attn.in_proj_weight",
+        "attn.qkv.bias": "attn.in_proj_bias",
+        "attn.proj": "attn.out_proj",
+        "mlp.fc1": "mlp.c_fc",
+        "mlp.fc2": "mlp.c_proj",
+        "norm": "ln_post",
+    },
 }
 
 
@@ -106,14 +127,14 @@ def timm_name(name: str, format: str) -> str | None:
     if not name.startswith(TOWERS[format]):
         return None
     name = name.removeprefix(TOWERS[format])
-    for ours, theirs in TRANSFORMERS.items() if format.startswith("blip2") else ():
+    for ours, theirs in RENAMES.get(format, {}).items():
         name = re.sub(rf"(?<!\w){theirs}(?!\w)", ours, name)
     return name
 
 
 def file_name(name: str, format: str) -> str:
     """What a file calls a tensor (or layer) that timm calls `name`: the inverse of timm_name."""
-    for ours, theirs in TRANSFORMERS.items() if format.startswith("blip2") else ():
+    for ours, theirs in RENAMES.get(format, {}).items():
         name = re.sub(rf"(?<!\w){ours}(?!\w)", theirs, name)
     return TOWERS[format] + name
 
@@ -125,7 +146,14 @@ def recognize(names) -> str | None:
 
 
 def tower(state: dict[str, Tensor], format: str) -> dict[str, Tensor]:
-    """The vision tower with timm's names; what else a CLIP or a BLIP-2 has is left out."""
+    """The vision tower with timm's names; what else a CLIP or a BLIP-2 has is left out.
+
+    Raises ValueError for open_clip's own ViT where it is not the plain one: CoCa's, CLIPA's.
+    """
+    if format == "open_clip_vit" and "visual.attn_pool.query" in state:
+        raise ValueError("weights of CoCa: attention pooling is behind its ViT, and only [CLS] is supported")
+    if format == "open_clip_vit" and "visual.ln_pre.weight" not in state:
+        raise ValueError("weights of CLIPA: its ViT averages the patches, and only [CLS] is supported")
     own = {}
     for name, value in state.items():
         name = timm_name(name, format)
@@ -134,5 +162,12 @@ def tower(state: dict[str, Tensor], format: str) -> dict[str, Tensor]:
             prefix = name.removesuffix("qkv.bias")
             own[f"{prefix}q_bias"], own[f"{prefix}v_bias"] = q.clone(), v.clone()
         elif name:
-            own[name] = value
+            own[name] = reshaped(name, value) if format == "open_clip_vit" else value
     return own
+
+
+def reshaped(name: str, value: Tensor) -> Tensor:
+    """A tensor of open_clip's own ViT as timm has it: cls_token (1, 1, D), pos_embed (1, N, D)."""
+    if name == "head.weight":
+        return value.T
+    return value.reshape(1, -1, value.shape[-1]) if name in ("cls_token", "pos_embed") else value

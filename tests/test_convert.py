@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from timm.models import register_model
 from timm.models.eva import _create_eva, checkpoint_filter_fn
+from timm.models.vision_transformer import _create_vision_transformer
+from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
 from torch import Tensor, nn
 from transformers import Blip2Config, Blip2ForConditionalGeneration
 
@@ -28,12 +30,20 @@ import weights as weight_files
 
 SIZE = dict(patch_size=14, embed_dim=192, num_heads=3, mlp_ratio=4, global_pool="token")
 WIDTH = 192
+OWN_VIT = "vit_mini_clip"
 
 
 @register_model
 def eva_mini_blip2(pretrained=False, **kwargs):
     """eva_mini without its last block: what eva_g_blip2 is to eva_g."""
     return _create_eva("eva_mini_blip2", pretrained=pretrained, **{**SIZE, "depth": 5, **kwargs})
+
+
+@register_model
+def vit_mini_clip(pretrained=False, **kwargs):
+    """vit_medium_patch32_clip_224, smaller: open_clip's own ViT as timm has it."""
+    size = dict(patch_size=32, embed_dim=128, depth=2, num_heads=2, pre_norm=True, norm_layer=nn.LayerNorm)
+    return _create_vision_transformer(OWN_VIT, pretrained=pretrained, **{**size, **kwargs})
 
 
 @register_model
@@ -469,6 +479,69 @@ def test_open_clip_loads_the_export(files, tmp_path, run, weights):
     model.load_state_dict(checkpoint_filter_fn(state, model))
     with torch.no_grad():
         torch.testing.assert_close(model(IMAGES), after.encode_image(IMAGES), **ONE)
+
+
+@pytest.fixture(scope="module")
+def own_vit(tmp_path_factory) -> Path:
+    """A CLIP with open_clip's own ViT, small, and a LoRA of the same of timm's."""
+    folder = tmp_path_factory.mktemp("own_vit")
+    vision = {"image_size": 224, "patch_size": 32, "width": 128, "layers": 2}
+    text = {"context_length": 16, "vocab_size": 64, "width": 64, "heads": 2, "layers": 1}
+    (folder / "own_vit_b.json").write_text(
+        json.dumps({"embed_dim": 32, "vision_cfg": vision, "text_cfg": text})
+    )
+    open_clip.add_model_config(folder / "own_vit_b.json")
+    torch.manual_seed(5)
+    clip = open_clip.create_model("own_vit_b")
+    for p in clip.visual.parameters():
+        nn.init.normal_(p, std=0.15)
+    save_file({k: v.contiguous() for k, v in clip.state_dict().items()}, folder / "clip.safetensors")
+    backbone = vit.load(OWN_VIT, "random")
+    for p in lora.parameters(lora.attach(backbone.vit, rank=4, alpha=2.0)).values():
+        nn.init.normal_(p, std=0.2)
+    lora.save(backbone.vit, folder / "lora.safetensors", backbone=OWN_VIT)
+    return folder
+
+
+def test_open_clips_own_vit_in_and_out(own_vit, tmp_path, run):
+    """timm's filter reads the same tower; what is exported is ours with the LoRA beside it, in open_clip."""
+    state, dst = load_file(own_vit / "clip.safetensors"), tmp_path / "clip.safetensors"
+    backbone = vit.load(OWN_VIT, str(own_vit / "clip.safetensors"))
+    expected = vit_filter_fn(state, timm.create_model(OWN_VIT, num_classes=32))
+    for name, value in backbone.vit.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+    options = ("--model", OWN_VIT, "--weights", own_vit / "clip.safetensors", "--to", "open_clip")
+    code, _, err = run("convert", "export", dst, *options)  # without LoRA: every tensor as it was
+    back = load_file(dst)
+    assert code == 0 and back.keys() == state.keys(), err
+    assert all(torch.equal(back[k], state[k]) for k in state)
+
+    code, _, err = run("convert", "export", dst, *options, "--lora", own_vit / "lora.safetensors")
+    assert code == 0, err
+    after = open_clip.create_model("own_vit_b", pretrained=str(dst)).eval()
+    lora.load(backbone.vit, own_vit / "lora.safetensors")
+    with torch.no_grad():
+        expected = backbone(IMAGES).cls @ state["visual.proj"]
+        torch.testing.assert_close(after.encode_image(IMAGES), expected, **ONE)
+    before = open_clip.create_model("own_vit_b", pretrained=str(own_vit / "clip.safetensors")).eval()
+    text = torch.randint(1, 64, (2, 16))
+    assert torch.equal(after.encode_text(text), before.encode_text(text))
+    with torch.no_grad():
+        assert not torch.allclose(after.encode_image(IMAGES), before.encode_image(IMAGES), atol=1e-2)
+
+
+def test_other_vits_of_open_clips_own_are_refused_by_name(own_vit, tmp_path, run):
+    state = load_file(own_vit / "clip.safetensors")
+    coca = {**state, "visual.attn_pool.query": torch.zeros(4, 128)}
+    clipa = {k: v for k, v in state.items() if "ln_pre" not in k}
+    for weights, said in ((coca, "weights of CoCa"), (clipa, "weights of CLIPA")):
+        save_file(weights, tmp_path / "other.safetensors")
+        options = ("--model", OWN_VIT, "--weights", tmp_path / "other.safetensors", "--to", "open_clip")
+        code, _, err = run("convert", "export", tmp_path / "out.safetensors", *options)
+        assert code == 2 and said in err and not (tmp_path / "out.safetensors").exists(), err
+    options = ("--weights", own_vit / "clip.safetensors", "--lora", own_vit / "lora.safetensors")
+    code, _, err = run("convert", "export", tmp_path / "out", *options, "--to", "peft")
+    assert code == 2 and "no layer for q and v that PEFT could tune" in err, err
 
 
 @pytest.mark.parametrize("folder, model", [("blip2", "eva_mini"), ("blip2_less", "eva_mini_blip2")])

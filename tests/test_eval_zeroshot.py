@@ -18,7 +18,7 @@ from torch import nn
 import backbone as vit
 import eval_zeroshot
 import lora
-from clip import Clip, _architecture, cached_texts
+from clip import Clip, _architecture, cached_texts, timm_vit
 from data import zeroshot
 from ranks import Ranks
 from tests.conftest import SHARED
@@ -80,8 +80,41 @@ def pictures(tmp_path_factory) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def own_vit(tmp_path_factory) -> dict[str, Path]:
+    """A CLIP with open_clip's own ViT, a LoRA tuned on the same of timm's, and both merged by hand."""
+    out = tmp_path_factory.mktemp("own_vit")
+    vision = {"image_size": 224, "patch_size": 16, "width": 192, "layers": 12, "mlp_ratio": 4.0}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+    files = {name: out / f"{name}.safetensors" for name in ("weights", "lora", "merged")}
+    files["config"] = out / "own_vit.json"
+    files["config"].write_text(json.dumps({"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}))
+    open_clip.add_model_config(files["config"])
+    torch.manual_seed(0)
+    made = open_clip.create_model("own_vit")
+    for p in made.visual.parameters():
+        nn.init.normal_(p, std=0.1)
+    state = {k: v.detach().contiguous() for k, v in made.state_dict().items()}
+    save_file(state, files["weights"])
+    tower = vit.load("vit_tiny_patch16_224", "random").vit  # 12 blocks of width 192, 3 heads
+    for p in lora.parameters(lora.attach(tower, rank=4, alpha=8)).values():
+        nn.init.normal_(p, std=0.3)
+    lora.save(tower, files["lora"], backbone="vit_tiny_patch16_224")
+    for n, block in enumerate(tower.blocks):
+        (A_q, A_v), (B_q, B_v) = block.attn.qkv.lora_A.chunk(2), block.attn.qkv.lora_B.chunk(2)
+        W = state[f"visual.transformer.resblocks.{n}.attn.in_proj_weight"]  # (3 * 192, 192)
+        W[:192] += 8 / 4 * B_q.detach() @ A_q.detach()
+        W[384:] += 8 / 4 * B_v.detach() @ A_v.detach()
+    save_file(state, files["merged"])
+    return files
+
+
 @pytest.fixture
 def base(model, tmp_path) -> list:
+    return base_options(model, tmp_path)
+
+
+def base_options(model: dict[str, Path], tmp_path: Path) -> list:
     cache = ("--text-cache", tmp_path / "texts")
     return [
         "--clip",
@@ -131,12 +164,13 @@ def scores(out: Path, variant: str) -> dict[str, float]:
 @torch.no_grad()
 def reference(model: dict, images: list[Path], texts: list[list[str]], tuned: bool) -> torch.Tensor:
     """(n, T) cosines by open_clip alone, image by image, prompt by prompt."""
-    clip, _, transform = open_clip.create_model_and_transforms("test_clip", str(model["weights"]))
+    name, weights = model["config"].stem, model["merged" if tuned and "merged" in model else "weights"]
+    clip, _, transform = open_clip.create_model_and_transforms(name, str(weights))
     clip.eval()
-    if tuned:
+    if tuned and "merged" not in model:
         lora.load(clip.visual.trunk, model["lora"])
         lora.merge(clip.visual.trunk)
-    tokenize = open_clip.get_tokenizer("test_clip")
+    tokenize = open_clip.get_tokenizer(name)
     columns = []
     for prompts in texts:
         of_prompts = [clip.encode_text(tokenize([prompt]), normalize=True)[0] for prompt in prompts]
@@ -264,27 +298,55 @@ def eval_zeroshot_main(options: list, monkeypatch) -> None:
         dist.destroy_process_group()
 
 
-def test_real_samples_run_with_random_weights(model, base, run, tmp_path):
+@pytest.mark.parametrize("tower", ["model", "own_vit"])
+def test_real_samples_run_with_random_weights(tower, request, run, tmp_path):
     """CIFAR-10's images at chance, as open_clip's own count says; COCO's with all their captions."""
     if not (SHARED / "classification").is_dir():
         pytest.skip("needs ../shared/data/classification, which is not here")
+    model = request.getfixturevalue(tower)
+    base = [*base_options(model, tmp_path), "--compare", model["lora"]]
     folder = SHARED / "classification/cifar10/test"
     options = ["--set", f"cifar-10={folder}", "--limit", 30, "--out", tmp_path / "c"]
     code, out, err = run("eval_zeroshot", "classification", *base, *options)
     assert code == 0, err
     names, templates = zeroshot.class_list("cifar-10", Path())
     images = [folder / name / f"{k:04d}.jpg" for k in range(3) for name in names]
-    cosines = reference(model, images, [[t.format(n) for t in templates] for n in names], tuned=False)
-    right = (cosines.argsort(1, descending=True) == torch.arange(10).repeat(3)[:, None]).double()
-    found = scores(tmp_path / "c", "before")
-    assert found["acc1"] == pytest.approx(100 * right[:, 0].mean().item(), abs=1e-9)
-    assert found["acc5"] == pytest.approx(100 * right[:, :5].sum(1).mean().item(), abs=1e-9)
+    ranked = []
+    for variant in ("before", "after"):
+        texts = [[t.format(n) for t in templates] for n in names]
+        cosines = reference(model, images, texts, tuned=variant == "after")
+        ranked.append(cosines.argsort(1, descending=True))
+        right = (ranked[-1] == torch.arange(10).repeat(3)[:, None]).double()
+        found = scores(tmp_path / "c", variant)
+        assert found["acc1"] == pytest.approx(100 * right[:, 0].mean().item(), abs=1e-9)
+        assert found["acc5"] == pytest.approx(100 * right[:, :5].sum(1).mean().item(), abs=1e-9)
+    assert not torch.equal(*ranked)
     options = ["--captions", SHARED / "retrieval/dataset_coco_mini.json", "--images", SHARED / "coco"]
     code, out, err = run(
         "eval_zeroshot", "retrieval", *base, *options, "--limit", 12, "--out", tmp_path / "r"
     )
     assert code == 0, err
     assert result(tmp_path / "r")["rows"][0]["n"] == 12 and "coco: 12 images, 60 captions" in out
+
+
+@pytest.mark.parametrize("quick_gelu", [False, True])
+def test_open_clips_own_vit_is_timms(quick_gelu):
+    vision = {"image_size": 70, "patch_size": 14, "width": 160, "head_width": 80, "layers": 2}
+    vision["mlp_ratio"] = 4.9231  # bigG's
+    config = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": {"width": 32, "heads": 2, "layers": 1}}
+    config["quick_gelu"] = quick_gelu
+    torch.manual_seed(1)
+    theirs, images = open_clip.CLIP(**config).eval(), torch.randn(2, 3, 70, 70)
+    for p in theirs.visual.parameters():
+        nn.init.normal_(p, std=0.1)
+    ours = timm_vit(config, theirs.visual).eval()
+    with torch.no_grad():
+        expected = theirs.encode_image(images)
+        torch.testing.assert_close(ours(images), expected, atol=1e-5, rtol=1e-5)
+        lora.attach(ours, rank=2)
+        torch.testing.assert_close(ours(images), expected, atol=1e-5, rtol=1e-5)  # B = 0
+        nn.init.normal_(lora.layers(ours)["blocks.0.attn.qkv"].lora_B)
+        assert not torch.allclose(ours(images), expected, atol=1e-2)
 
 
 def test_features_that_are_not_finite_are_refused(model, pictures, base, run, tmp_path):
@@ -316,7 +378,17 @@ def test_a_retrieval_image_that_cannot_be_read_is_refused(pictures, base, run, t
         (["--clip-weights", "{config}"], "--clip test_clip --clip-weights"),
         (["--set", "colours"], "--set wants NAME=DIR, each NAME once"),
         (["--set", "colours={set}"], "--set wants NAME=DIR, each NAME once"),
-        (["--clip", "ViT-B-32", "--clip-weights", "random", "--lora", "{lora}"], "no timm vision tower"),
+        (
+            ["--clip", "ViT-B-32", "--clip-weights", "random", "--lora", "{lora}"],
+            "was tuned on eva_mini: Eva",
+        ),
+        (
+            ["--clip", "ViT-L-14-CLIPA", "--clip-weights", "random", "--lora", "{lora}"],
+            "(final_ln_after_pool",
+        ),
+        (["--clip", "coca_ViT-B-32", "--clip-weights", "random", "--lora", "{lora}"], "is CoCa"),
+        (["--clip", "ViT-B-16-SigLIP2", "--clip-weights", "random", "--lora", "{lora}"], "(SigLIP)"),
+        (["--clip", "MobileCLIP-B", "--clip-weights", "random", "--lora", "{lora}"], "(MobileCLIP)"),
         (["--clip", "EVA01-g-14", "--clip-weights", "random", "--lora", "{lora}"], "was tuned on eva_mini"),
     ],
 )
