@@ -159,7 +159,9 @@ def test_twice_is_twice_the_update(tmp_path):
 
 
 def test_half_is_the_same_head_in_fp16(tmp_path):
-    head = tasks.find("pose").Head(8, [{"keypoints": ["nose", "tail"], "mirror": [0, 1]}])
+    head = tasks.find("pose").Head(
+        8, [{"id": 1, "name": "person", "keypoints": ["nose", "tail"], "mirror": [0, 1]}]
+    )
     tasks.save_head(head, tmp_path / "pose.safetensors", "pose", step=3)
     miniature.half(tmp_path / "pose.safetensors", tmp_path / "half.safetensors")
     again = tasks.load_head(tmp_path / "half.safetensors", 8)
