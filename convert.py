@@ -63,7 +63,7 @@ RELEASE = {
     "captioning": {r"caption_decoder\.": r""},
 }
 CLIPS = "open_clip", "eva_clip", "open_clip_vit"
-NEEDED = {"open_clip": CLIPS, "eva_clip": CLIPS[:2], "blip2": ("blip2", "blip2_vision")}  # others: any tower
+NEEDED = {"open_clip": CLIPS, "blip2": ("blip2", "blip2_vision")}  # others: any tower
 SUFFIX = {"timm": ".safetensors", "open_clip": ".safetensors", "eva_clip": ".pt", "blip2": "", "peft": ""}
 USE = {  # what the model card says about loading
     "timm": 'timm.create_model("{timm}", num_classes=0, {more}checkpoint_path="{dst}")',
@@ -274,8 +274,9 @@ def export(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.weights} is {source or 'no ViT'}: --to {args.to} needs a whole {needed}")
     if args.to == "blip2" and not Path(args.weights).is_dir():
         raise ValueError(f"{args.weights}: --to blip2 needs the folder that save_pretrained wrote")
-    if args.to == "peft" and source == "open_clip_vit":
-        raise ValueError(f"{args.weights}: open_clip's own ViT has no layer for q and v that PEFT could tune")
+    if args.to in ("peft", "eva_clip") and source == "open_clip_vit":
+        why = {"peft": "has no layer for q and v that PEFT could tune", "eva_clip": "is not EVA-CLIP's"}
+        raise ValueError(f"{args.weights}: open_clip's own ViT {why[args.to]}: --to open_clip, or timm")
     tower, header, updates, told = weight_files.tower(state, source), {}, {}, []
     if args.to in ("blip2", "peft") and not args.model:  # any size: only the LoRA has to fit
         name = f"the vision tower of {Path(args.weights).name}"
