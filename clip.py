@@ -130,9 +130,8 @@ def check_tower(args: argparse.Namespace, config: dict) -> None:
     why = None
     if tower is None and not plain(config):
         more = sorted({*vision} - PLAIN)
-        why = (
-            "is CoCa" if "multimodal_cfg" in config else f"has not open_clip's plain ViT ({', '.join(more)})"
-        )
+        why = f"has not open_clip's plain ViT ({', '.join(more)})"
+        why = "is CoCa" if "multimodal_cfg" in config else why
     elif tower and vision.get("timm_pool") == "map":
         why = f"pools {tower}'s patches by attention (SigLIP), and only [CLS] is supported"
     elif tower and "mci" in tower:
@@ -165,8 +164,7 @@ def timm_vit(config: dict, visual: nn.Module | None = None) -> VisionTransformer
         vit = VisionTransformer(
             vision["image_size"], vision["patch_size"], num_classes=0, embed_dim=width,
             depth=vision["layers"], num_heads=width // vision["head_width"], mlp_ratio=vision["mlp_ratio"],
-            pre_norm=True,
-            norm_layer=nn.LayerNorm, act_layer=act,
+            pre_norm=True, norm_layer=nn.LayerNorm, act_layer=act,
         )  # fmt: skip
         vit.head = nn.Linear(width, config["embed_dim"], bias=False)
     if visual:

@@ -236,10 +236,9 @@ def load_head(path: str, backbone) -> tuple[OcrHead, int]:
     if config.pop("reading", "tokens") != "tokens":  # a choice that heads once had
         raise ValueError(f"{path} reads by queries, which is gone: train it again")
     fields = files.Items(path, [config], "config")
-    (
-        fields.column("charset", str),
-        *(fields.column(key, int) for key in ("tokens", "longest", "width", "depth")),
-    )
+    fields.column("charset", str)
+    for key in ("tokens", "longest", "width", "depth"):
+        fields.column(key, int)
     return files.read_head(path, OcrHead, config, backbone.dim), header.get("step")
 
 

@@ -162,7 +162,9 @@ def load_head(path: str | Path, dim: int) -> nn.Module:
     config = {k: v for k, v in header["config"].items() if k != "simple"}  # pose heads once had it, False
     if "categories" in config:
         categories = files.Items(path, config["categories"], "categories")
-        categories.ids(), categories.column("name", str), flags(categories, "isthing", default=1)
+        categories.ids()
+        categories.column("name", str)
+        flags(categories, "isthing", default=1)
     return files.read_head(path, find(header["task"]).Head, config, dim).eval()
 
 

@@ -206,9 +206,8 @@ class Checkpoint:
         now, then = self.options(), state["options"]
         names = [k for k in {**then, **now} if then.get(k) != now.get(k)]
         if names:
-            changed = "; ".join(
-                f"{k} was {files.shown(then.get(k))}, is {files.shown(now.get(k))}" for k in names
-            )
+            shown = files.shown
+            changed = "; ".join(f"{k} was {shown(then.get(k))}, is {shown(now.get(k))}" for k in names)
             raise ValueError(f"--resume {path}: changed: {changed}; put it back, or take a new --out")
         with torch.no_grad(), files.expecting(path, "a checkpoint of this run"):
             files.check(state["trained"], self.trained, f"{path} is not of this run")

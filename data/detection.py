@@ -60,11 +60,8 @@ class Detection(Stream):
     ):  # fmt: skip
         data = self.data = read_instances(coco, split, read=read)
         self.folder, self.ids, self.names, self.sizes = Path(coco) / split, data.ids, data.names, data.sizes
-        self.categories, self.notes, self.annotations = (
-            data.categories,
-            data.notes,
-            (data.boxes_xyxy, data.labels),
-        )
+        self.categories, self.notes = data.categories, data.notes
+        self.annotations = (data.boxes_xyxy, data.labels)
         self.augment = v2.Resize((size, size)) if size else DetectionAugmentation(scale)
         self.choose(seed, fraction, exclude, skip_bad, np.diff(data.first))
 

@@ -33,6 +33,6 @@ from pathlib import Path
 print("| T_n on 1,008 held-out scenes | metric | score |\n| --- | --- | --- |")
 for path in sorted(Path(sys.argv[1]).glob("scores/*/result.json")):
     for row in json.loads(path.read_text())["rows"]:
-        if row["metric"] in ("AP", "AP50", "CIDEr", "BLEU-4", "PQ"):
+        if row["metric"] in ("box AP", "box AP50", "mask AP", "mask AP50", "CIDEr", "BLEU-4"):
             print(f"| {path.parent.name} | {row['metric']} | {row['before']:.1f} |")
 END
