@@ -4,10 +4,10 @@
 
 Ranks load at the same time, touch all weights and hold them. `private` is what a rank has added of its own
 (Private_Clean and Private_Dirty of /proc/self/smaps_rollup), `most` the largest sample of its anonymous
-memory on the way; both of the rank with the most. `shared` is there once for all ranks: it is the mapped
-file. `8 ranks` is 8 x private + shared, and must stay below 1.3 where the model's device is elsewhere or its
-type is the file's, fp32 here: in `cpu, bf16` what is private is the model itself. The meta device stands in
-for a GPU: the model is built there and has no bytes here, but nothing reads the file either.
+memory on the way; the least of three loads, of the rank with the most. `shared` is there once for all ranks:
+it is the mapped file. `8 ranks` is 8 x private + shared, and must stay below 1.3 where the model's device is
+elsewhere or its type is the file's, fp32 here: in `cpu, bf16` what is private is the model itself. The meta
+device stands in for a GPU: the model is built there and has no bytes here, but nothing reads the file either.
 """
 
 import argparse
@@ -36,6 +36,7 @@ import clip
 import files
 
 VIT = "vit_large_patch14_dinov2.lvd142m"  # 1.2 GB in fp32
+REPEATS = 3
 
 
 def clip_config(width: int, layers: int) -> dict:
@@ -89,7 +90,7 @@ def added(load: Callable) -> dict[str, int]:
     before, most, done = memory(), [0], threading.Event()
 
     def watch() -> None:
-        while not done.wait(0.005):
+        while not done.wait(0.01):
             most.append(memory()["Anonymous"])
 
     watching = threading.Thread(target=watch)
@@ -112,8 +113,8 @@ def rank_of(rank: int, world: int, model: str, folder: Path) -> None:
     warnings.filterwarnings("ignore", "for .* copying from a non-meta parameter")  # of each tensor
     found = {}
     for name, (_, load) in ways(model, folder).items():
-        added(load)  # what libraries need once
-        mine = torch.tensor(list(added(load).values()))
+        # The least: what libraries need once, or an allocator keeps for later, is not what a model takes
+        mine = torch.tensor([list(added(load).values()) for _ in range(REPEATS)]).amin(0)
         dist.all_reduce(mine, dist.ReduceOp.MAX)
         found[name] = dict(zip(("private", "shared", "most"), mine.tolist(), strict=True))
     if rank == 0:

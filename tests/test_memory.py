@@ -134,7 +134,8 @@ def test_ranks_exchange_the_gradients_and_weights_of_lora_and_a_few_numbers():
 def test_loading_takes_no_memory_of_a_ranks_own():
     """What ranks add to a host is the file, mapped once; what is on another device is never built on it.
 
-    With eight ranks, 1.3 times the file at most. 88 MB of ViT, 92 MB of CLIP; a rank's noise is about 1 MB.
+    With eight ranks, 1.3 times the file at most. 88 MB of ViT, 92 MB of CLIP; a rank's noise is about 1 MB,
+    now and then 3 in one of the loads.
     """
     found = loading.ratios("vit_small_patch14_dinov2.lvd142m", layers=1, width=384)
     for name in ("a file, cpu, fp32", "pretrained, cpu, fp32"):
