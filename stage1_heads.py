@@ -85,6 +85,7 @@ def main() -> None:
     log = training.Log(out, first, args.iters, args.log_every)
     log.say(dataset.notes)
     kept = feature_cache.of_stream(args, dataset, backbone, ranks) if args.cache else None  # (n, D, H, W)
+    dataset.seen = kept is None
     stream = batches(dataset, args.batch, backbone, ranks, first, args.workers)
 
     # --- loop

@@ -38,6 +38,7 @@ QUICK = {  # the shortest run that still goes everywhere
     "evaluations": ["--few", 2, "--many", 8],
     "goi": ["--features", 1000, "--epochs", 1],
     "growth": ["--reps", 1, "--out", "out/growth"],
+    "kept": ["--iters", 4, "--rounds", 1, "--batch", 2, "--size", 32],
     "loaders": ["--iters", 10, "--skip", 2, "--image-scale", 0.2],  # segmentation is drawn once
     "loading": ["--model", "vit_tiny_patch16_224.augreg_in21k", "--layers", 1],
     "lora": ["--reps", 2, "--blocks", 1, "--images", 4],

@@ -29,6 +29,7 @@ class Stream(Dataset):
 
     task: str
     size: int | None = None  # px of the square that images are squashed to, not augmented
+    seen = True  # False: black in the place of pictures, which are not read, as their features are kept
 
     def choose(self, seed: int, fraction: float, exclude: set, skip_bad: bool, counts=None) -> None:
         """Fix which images are used: a seeded part of those not excluded. Raises ValueError if none is.
@@ -88,7 +89,9 @@ class Stream(Dataset):
 
     def read(self, row: int, patch: int) -> tuple[Tensor, dict]:
         """One sample, and what is known of it. Raises BadImage."""
-        pixels = read_picture(self.folder / self.names[row], tuple(self.sizes[row].tolist()))
+        size = tuple(self.sizes[row].tolist())
+        black = torch.zeros((), dtype=torch.uint8).expand(3, *size)
+        pixels = read_picture(self.folder / self.names[row], size) if self.seen else black
         image, target = self.sample(pixels, row, patch)
         sizes = {"orig_size": tuple(pixels.shape[1:]), "size": tuple(image.shape[1:])}
         return image, {"image_id": self.ids[row].item(), "row": row, **sizes, **target}

@@ -262,15 +262,15 @@ def demo(*arguments, **environment) -> subprocess.CompletedProcess:
 
 
 STUB = r"""#!/usr/bin/env bash
-# In the place of python: notes the call and makes what it would; the STOP-th call is interrupted after that
+# In the place of python: notes the call and makes what it would; calls are interrupted from the STOP-th on
 echo "$*" >> "$CALLS"
-[ "$(wc -l < "$CALLS")" = "$STOP" ] && trap 'exit 130' EXIT
+[ "$STOP" -gt 0 ] && [ "$(wc -l < "$CALLS")" -ge "$STOP" ] && trap 'exit 130' EXIT
 case $1 in demo/world.py) mkdir -p "$2/coco/val2017" && touch "$2"/coco/val2017/{1,2,3,4}.jpg ;; esac
 while [ $# -gt 1 ]; do [ "$1" = --out ] && break; shift; done
 out=${2:-/dev/null}
 [ "$out" = /dev/null ] && exit
-mkdir -p "$out" && cd "$out" && task=$(basename "$out")
-touch result.json lora.safetensors "$task.safetensors" curves.png 4.png 4_captioning.png
+mkdir -p "$out" && cd "$out"
+touch result.json lora.safetensors captioning.safetensors curves.png 4.png 4_captioning.png
 """
 STOPPED = ["stage1_heads.py", "eval_heads.py", "eval_ocr.py"]
 
@@ -282,10 +282,10 @@ def test_demo_goes_on_where_it_was_interrupted(tmp_path):
     (tmp_path / "bin" / "python").chmod(0o755)
     path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
 
-    def calls(name, *stops):
+    def calls(name, *stops, jobs=1):
         log = tmp_path / f"{name}.txt"
         for stop in stops:
-            done = demo(tmp_path / name, PATH=path, CALLS=str(log), STOP=str(stop))
+            done = demo(tmp_path / name, PATH=path, CALLS=str(log), STOP=str(stop), JOBS=str(jobs), SEEDS="2")
             assert done.returncode == (130 if stop else 0), done.stderr
             assert ("goes on from here" in done.stderr) == bool(stop)
         lines = log.read_text().replace(str(tmp_path / name), "OUT").splitlines()
@@ -294,12 +294,16 @@ def test_demo_goes_on_where_it_was_interrupted(tmp_path):
         ]
 
     whole, steps = calls("whole", 0)
-    assert [line.split()[0] for line in (whole[2], whole[6], whole[8])] == STOPPED
-    again, steps_again = calls("again", 3, 8, 11, 0, 0)  # the last time only the report is to be made
-    assert again == whole[:3] + whole[2:7] + whole[6:9] + whole[8:] + whole[-1:]
+    assert [whole[i].split()[0] for i in (1, 5, 9)] == STOPPED
+    again, steps_again = calls("again", 2, 7, 12, 0, 0)  # the last time only the report is to be made
+    assert again == whole[:2] + whole[1:6] + whole[5:10] + whole[9:] + whole[-1:]
     assert steps_again == steps and len(set(steps)) == len(whole) - 1
     trained = [line for line in whole if line.startswith(("stage", "eval_ocr"))]
     assert len(trained) == 5 and all("--resume --save-every 50" in line for line in trained)
+    beside, steps_beside = calls("beside", 0, jobs=2)
+    assert sorted(beside) == sorted(whole) and sorted(steps_beside) == sorted(steps)
+    stopped, _ = calls("stopped", 5, 0, jobs=2)  # what runs beside the one that stops is stopped with it
+    assert {*stopped} == {*whole}
 
 
 def test_demo_leaves_what_is_not_its_own_alone(tmp_path):
@@ -313,3 +317,5 @@ def test_demo_leaves_what_is_not_its_own_alone(tmp_path):
     assert done.returncode == 2 and "cannot write" in done.stderr
     done = demo(tmp_path / "new", SEEDS="many")
     assert done.returncode == 2 and "SEEDS" in done.stderr and not (tmp_path / "new").exists()
+    done = demo(tmp_path / "new", HEADS=str(tmp_path / "none"))
+    assert done.returncode == 2 and "HEADS" in done.stderr and not (tmp_path / "new").exists()

@@ -23,6 +23,7 @@ import stage1_heads
 import stage2_lora
 import tasks
 import training
+from data import stream
 from data.detection import Detection
 from data.pose import Pose as Persons
 from data.stream import batches
@@ -267,24 +268,27 @@ SIZES = {
 
 @pytest.mark.parametrize("task", ["detection", "segmentation", "captioning", "pose"])
 def test_a_head_of_kept_features_is_the_head_that_asks_m_each_time(scenes, tmp_path, run, monkeypatch, task):
-    """Of 12 images in 24 positions M sees each once, and none the second time; sizes are in the file."""
+    """Of 12 images in 24 positions M sees each once, and none the second time, nor are they read."""
     seen, forward = [], vit.Backbone.forward
+    opened, read = [], stream.read_picture
+    monkeypatch.setattr(stream, "read_picture", lambda *args: opened.append(args) or read(*args))
     monkeypatch.setattr(
         vit.Backbone, "forward", lambda self, x, valid=None: seen.append(len(x)) or forward(self, x, valid)
     )
     sizes = SIZES.get(task, {})
     changed = {"task": task, "iters": 6, "batch": 4, "size": 56, "image-scale": 1, **sizes}
     options = stage1(scenes, "OUT", **changed, **({"min-count": 1} if task == "captioning" else {}))
-    heads, counts = [], []
+    heads, counts, reads = [], [], []
     for name, more in (("asking", []), ("keeping", ["--cache"]), ("again", ["--cache"])):
-        seen.clear()
+        seen.clear(), opened.clear()
         more = [*more, tmp_path / "kept"] if more else []
         code, _, err = run("stage1_heads", *[tmp_path / name if x == "OUT" else x for x in options], *more)
         assert code == 0, err
         heads.append(load_file(tmp_path / name / f"{task}.safetensors"))
         counts.append(sum(seen))
+        reads.append(len(opened))
     rows = len(Persons(scenes, "train2017").ids) if task == "pose" else 12
-    assert counts == [24, rows, 0]
+    assert counts == [24, rows, 0] and reads[1:] == [rows, 0]
     for head in heads[1:]:
         for name, weight in head.items():
             torch.testing.assert_close(weight, heads[0][name], rtol=1e-4, atol=1e-5)
