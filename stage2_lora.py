@@ -41,6 +41,8 @@ def main() -> None:
     words = "captioning: the words of the head; others are <unk> (default: the data must make the same words)"
     add("--head-words", action="store_true", help=words)
     add("--head-lr-ratio", type=float, default=0.0, help="heads' rate / --lr (0 = frozen: Alg. 2; Table 11)")
+    equal = "bring each step's gradient to the norm at which it is clipped (a control: not in the paper)"
+    add("--equal-gradients", action="store_true", help=equal)
     add("--iters", type=int, default=50_000, help="steps (Sec. 4.2: 50k)")
     add("--batch", nargs="+", default=[], metavar="N|TASK=N", help="per process (Sec. 4.2: 1; captioning 8)")
     add("--lr", type=float, default=1e-5, help="peak learning rate of LoRA (Sec. 4.2: 1e-5)")
@@ -146,7 +148,7 @@ def main() -> None:
             f = M(images, valid)  # Alg. 2, line 4: extract feature f' = M(x; dW) for input x
 
         loss, parts = T[task](f, y)  # Alg. 2, line 5: minimize L'_n(y, T_n(f')) on D to obtain dW*
-        parts["grad_norm"] = training.minimize(loss, optimizer, scaler)
+        parts["grad_norm"] = training.minimize(loss, optimizer, scaler, args.equal_gradients)
 
         save = (step + 1) % args.save_every == 0 or step + 1 == args.iters
         log.add(step + 1, task, y, loss, parts, factor * args.lr, save)

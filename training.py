@@ -128,13 +128,19 @@ def on_host(state: dict) -> dict:
     return state
 
 
-def minimize(loss: Tensor, optimizer: OSS, scaler: torch.amp.GradScaler) -> Tensor:
-    """One step: backward, clip, update. Returns the gradient's norm before clipping, still on the device."""
+def minimize(loss: Tensor, optimizer: OSS, scaler: torch.amp.GradScaler, equal: bool = False) -> Tensor:
+    """One step: backward, clip, update. Returns the gradient's norm before clipping, still on the device.
+
+    equal: smaller gradients are brought to the norm at which larger ones are clipped
+    """
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     # Not OSS.clip_grad_norm, which goes wrong when a head sits out a step; under DDP a rank has all gradients
     norm = nn.utils.clip_grad_norm_(trained, CLIP_GRAD)
+    if equal:
+        gradients = [p.grad for p in trained if p.grad is not None]
+        torch._foreach_mul_(gradients, CLIP_GRAD / norm.clamp(1e-12, CLIP_GRAD))  # of nothing, nothing
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)

@@ -247,6 +247,18 @@ def test_the_log_says_how_fast_the_steps_were_and_what_they_waited_for(group, tm
     assert "images/s=1" in str(log.bar)
 
 
+@pytest.mark.parametrize(("size", "equal", "alone"), [(1.0, 0.1, 0.1), (1e-3, 0.1, 2e-3), (0.0, 0.0, 0.0)])
+def test_equal_gradients_have_the_norm_that_others_are_clipped_at(group, size, equal, alone):
+    """The gradient of `size` times four inputs of 1: of norm 2 `size`."""
+    network = torch.nn.Linear(4, 1, bias=False)
+    optimizer = training.sharded_adamw([{"params": list(network.parameters())}])
+    seen, scaler = [], torch.amp.GradScaler("cpu", enabled=False)
+    optimizer.register_step_pre_hook(lambda *_: seen.append(network.weight.grad.norm().item()))
+    for wanted, expected in ((True, equal), (False, alone)):
+        norm = training.minimize(network(torch.ones(1, 4)).sum() * size, optimizer, scaler, wanted)
+        assert norm == pytest.approx(2 * size) and seen.pop() == pytest.approx(expected, rel=1e-3)
+
+
 def test_an_fp16_overflow_is_not_an_error(group):
     network = model()
     optimizer = training.sharded_adamw([{"params": list(network.parameters())}])
