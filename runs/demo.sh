@@ -65,10 +65,12 @@ TRAIN=("${M[@]}" --coco "$WORLD/coco" "${SIZE[@]}" --log-every 10 --workers 0 "$
 # What stage 2 needs; runs/miniature.sh tries others on another world
 ITERS=150 ALPHA=8
 STAGE2=("${TRAIN[@]}" --warmup 20 --iters "$ITERS" --batch detection=8 segmentation=4 captioning=16 --rank 8
-    --lora-alpha "$ALPHA" --lr 1e-3 --head-words)
+    --lora-alpha "$ALPHA" --lr 1e-3)
+READER=(--train "$WORLD/words/train" --test "$WORLD/words/test" --size 56 112 --charset 36 --width 128 --workers 0
+    --iters "${READER_ITERS:-600}" --batch 32 --lr 1e-3 --warmup 100 "${RESUME[@]}")
 
 step "The world: scenes, words, classes, boxes" "$WORLD" \
-    python demo/world.py "$WORLD" --train 800 --val 504 --words 8000
+    python demo/world.py "$WORLD" --train 800 --val "${VAL:-504}" --words "${WORDS:-8000}"
 if [ "$HEADS" = train ]; then
     HEADS=$OUT/heads/half
     step "Stage 1 (Algorithm 1): all heads, on a world of 24,000 scenes" "$HEADS/segmentation.safetensors" \
@@ -80,14 +82,14 @@ step "Stage 1 (Algorithm 1): a minute of T_captioning on the frozen M" "$OUT/sta
 
 ocr() { # ocr SEED: the longest step
     step "Algorithm 3: OCR (Table 3), seed $1" "$OUT/seed$1/ocr/result.json" \
-        python eval_ocr.py "${M[@]}" --compare "$OUT/seed$1/visft/lora.safetensors" --seed "$1" --workers 0 \
-        --train "$WORLD/words/train" --test "$WORLD/words/test" --size 56 112 --charset 36 --width 128 \
-        --iters 600 --batch 32 --lr 1e-3 --warmup 100 "${RESUME[@]}" --cache "$OUT/features" --out "$OUT/seed$1/ocr"
+        python eval_ocr.py "${M[@]}" "${READER[@]}" --compare "$OUT/seed$1/visft/lora.safetensors" --seed "$1" \
+        --cache "$OUT/features" --out "$OUT/seed$1/ocr"
 }
 
 stage2() { # stage2 SEED
     step "Stage 2 (Algorithm 2): dW through the frozen heads, seed $1" "$OUT/seed$1/visft/lora.safetensors" \
-        python stage2_lora.py --tasks "${TASKS[@]}" --heads "$HEADS" "${STAGE2[@]}" --seed "$1" --out "$OUT/seed$1/visft"
+        python stage2_lora.py --tasks "${TASKS[@]}" --heads "$HEADS" --head-words "${STAGE2[@]}" --seed "$1" \
+        --out "$OUT/seed$1/visft"
 }
 
 evaluate() { # evaluate SEED: what is measured with it, but for OCR

@@ -3,15 +3,16 @@
 # that the paper lacks. Fills demo/README.md with what it measures.
 #
 #     runs/miniature.sh [OUT]              # OUT is out/miniature
-#     PARTS=fault runs/miniature.sh        # the main effect and one part; PARTS: fault rows steps choose
+#     PARTS=fault runs/miniature.sh        # the main effect and one part; PARTS: more fault rows steps choose
 #     ROWS="rank no_" runs/miniature.sh    # of the rows those whose names begin so
 #
 # What is done is not repeated: after an interruption the same command goes on where it stopped.
 set -euo pipefail
-OUT=${1:-${OUT:-out/miniature}} SEEDS=${SEEDS:-5} ROW_SEEDS=${ROW_SEEDS:-3} PARTS=" ${PARTS:-fault rows steps choose} "
+OUT=${1:-${OUT:-out/miniature}} SEEDS=${SEEDS:-5} ROW_SEEDS=${ROW_SEEDS:-3} PARTS=" ${PARTS:-more fault rows steps choose} "
 MINIATURE=$OUT
 echo "== On two cores the main effect takes 35 to 50 minutes, all parts 90 to 150; $SEEDS seeds, rows and controls $ROW_SEEDS"
 STARTED=$SECONDS
+VAL=1008 WORDS=16000 READER_ITERS=1200
 source "$(dirname "$0")/demo.sh" "$MINIATURE/demo" # the main effect: the demo, with more seeds; and its settings
 MAIN=$OUT OUT=$MINIATURE
 printf '%s\t%s\n' main $((SECONDS - STARTED)) >> "$OUT/seconds.tsv"
@@ -66,15 +67,34 @@ score() { # score FOLDER SEED WORLD LORA [M CLIP]: what the tables of rows show,
         --val "$world/goi/val.jsonl" --size 112 --out "$folder/goi"
     once "$folder/zeroshot/result.json" python eval_zeroshot.py classification "${clip[@]}" "${sets[@]}" \
         --out "$folder/zeroshot"
-    once "$folder/retrieval/result.json" python eval_zeroshot.py retrieval "${clip[@]}" \
-        --captions "$world/coco/dataset_coco.json" --images "$world/coco" --out "$folder/retrieval"
+    galleries "$folder" "$world" "${clip[@]}"
+}
+
+galleries() { # galleries FOLDER WORLD OPTIONS...: retrieval in each of the world's; the tables have their mean
+    local folder=$1 world=$2 captions name
+    for captions in "$world"/coco/dataset_coco*.json; do
+        name=$(basename "${captions/dataset_coco/retrieval}" .json)
+        once "$folder/$name/result.json" python eval_zeroshot.py retrieval "${@:3}" \
+            --captions "$captions" --images "$world/coco" --out "$folder/$name"
+    done
+}
+
+more() { # more SEED: what the main effect has beside the demo's: other galleries, OCR heads of two more seeds
+    local run=$MAIN/seed$1 k
+    galleries "$run" "$WORLD" "${CLIP[@]}" --compare "$run/visft/lora.safetensors" --seed "$1" --workers 0
+    for k in 1 2; do
+        once "$run/ocr_$k/result.json" python eval_ocr.py "${M[@]}" "${READER[@]}" --seed "$(($1 + 10 * k))" \
+            --compare "$run/visft/lora.safetensors" --cache "$run/features_$k" --out "$run/ocr_$k"
+        rm -rf "$run/features_$k" # 0.4 GB for each M that read words
+    done
 }
 
 row() { # row NAME SEED OPTIONS...: stage 2 with OPTIONS after the demo's own, then its scores
-    local name=$1 seed=$2 run=$OUT/rows/$1/seed$2
+    local name=$1 seed=$2 run=$OUT/rows/$1/seed$2 words=(--head-words)
     shift 2
-    once "$run/visft/lora.safetensors" python stage2_lora.py --tasks "${TASKS[@]}" --heads "$MAIN" "${STAGE2[@]}" \
-        --workers 0 --seed "$seed" "$@" --out "$run/visft"
+    [[ $name != no_captioning && $name != only_[ds]* ]] || words=()
+    once "$run/visft/lora.safetensors" python stage2_lora.py --tasks "${TASKS[@]}" --heads "$HEADS" "${STAGE2[@]}" \
+        "${words[@]}" --seed "$seed" "$@" --out "$run/visft"
     score "$run" "$seed" "$WORLD" "$run/visft/lora.safetensors"
 }
 
@@ -97,8 +117,8 @@ rows() { # rows NAME OPTIONS...: with every seed, if it is wanted
 
 full() { # full SEED: all of M is tuned, at a tenth of LoRA's rate
     local run=$OUT/rows/full/seed$1
-    once "$run/visft/M.safetensors" python stage2_lora.py --tasks "${TASKS[@]}" --heads "$MAIN" "${STAGE2[@]}" \
-        --workers 0 --seed "$1" --full --lr 1e-4 --out "$run/visft"
+    once "$run/visft/M.safetensors" python stage2_lora.py --tasks "${TASKS[@]}" --heads "$HEADS" "${STAGE2[@]}" \
+        --head-words --seed "$1" --full --lr 1e-4 --out "$run/visft"
     once "$run/clip.safetensors" python demo/miniature.py graft "$run/visft/M.safetensors" "$run/clip.safetensors"
     score "$run" "$1" "$WORLD" none "$run/visft/M.safetensors" "$run/clip.safetensors"
 }
@@ -111,6 +131,11 @@ more_clip() { # more_clip SEED: as many steps of contrastive pretraining as stag
     score "$run" "$1" "$WORLD" none "$run/clip/eva_mini_clip.safetensors" "$run/clip/eva_mini_clip.safetensors"
 }
 
+if part more; then
+    for ((seed = 0; seed < SEEDS; seed++)); do both more "$seed"; done
+    ended more
+fi
+
 if part fault; then
     for ((seed = 0; seed < SEEDS; seed++)); do
         both fault "$OUT/fault/seed$seed" "$seed" "$MAIN/seed$seed/visft/lora.safetensors"
@@ -121,11 +146,12 @@ fi
 if part rows; then
     # Heads that are none: one step at no rate
     head() { # head FOLDER TASK OPTIONS...
-        once "$1/$2.safetensors" python stage1_heads.py --task "$2" "${TRAIN[@]}" --workers 0 "${@:3}" --out "$1"
+        once "$1/$2.safetensors" python stage1_heads.py --task "$2" "${TRAIN[@]}" "${@:3}" --out "$1"
     }
-    for task in "${TASKS[@]}"; do
-        both head "$OUT/random/$task" "$task" --iters 1 --warmup 0 --lr 1e-12 --batch 2
-    done
+    nothing=(--iters 1 --warmup 0 --lr 1e-12 --batch 2) # sizes as runs/heads.sh has them
+    both head "$OUT/random/detection" detection "${nothing[@]}" --queries 20 --layers 3 3 --dropout 0
+    both head "$OUT/random/segmentation" segmentation "${nothing[@]}" --queries 20 --layers 2 3 --points 512
+    both head "$OUT/random/captioning" captioning "${nothing[@]}"
     both once "$OUT/shuffled/annotations/captions_train2017.json" python demo/miniature.py shuffle "$WORLD/coco" \
         "$OUT/shuffled"
     all_done
@@ -137,19 +163,20 @@ if part rows; then
     for name in full more_clip; do
         for ((seed = 0; seed < ROW_SEEDS; seed++)); do ! wanted "$name" || both "$name" "$seed"; done
     done
-    rows no_detection --tasks segmentation captioning --batch segmentation=1 captioning=8 # Table 12
-    rows no_segmentation --tasks detection captioning --batch detection=2 captioning=8
-    rows no_captioning --tasks detection segmentation --batch detection=2 segmentation=1
+    rows equal_gradients --equal-gradients
+    rows no_detection --tasks segmentation captioning --batch segmentation=4 captioning=16 # Table 12
+    rows no_segmentation --tasks detection captioning --batch detection=8 captioning=16
+    rows no_captioning --tasks detection segmentation --batch detection=8 segmentation=4
+    rows only_detection --tasks detection --batch 8
+    rows only_segmentation --tasks segmentation --batch 4
+    rows only_captioning --tasks captioning --batch 16
     rows rank4 $(scaled 4) # Table 9
     rows rank16 $(scaled 16)
     rows rank64 $(scaled 64)
     rows data25 --data-fraction 0.25 # Table 10
     rows data50 --data-fraction 0.5
-    ! wanted with_pose || both head "$OUT/pose" pose --iters 200 --batch 16 --lr 1e-3
-    ! wanted panoptic || both head "$OUT/panoptic" panoptic "${SEGMENTATION[@]}"
-    all_done
-    rows with_pose --tasks "${TASKS[@]}" pose --heads "$MAIN" "$OUT"
-    rows panoptic --tasks detection panoptic captioning --heads "$MAIN" "$OUT" --batch detection=2 panoptic=1 captioning=8
+    rows with_pose --tasks "${TASKS[@]}" pose
+    rows panoptic --tasks detection panoptic captioning --batch detection=8 panoptic=4 captioning=16
     rows alpha2 --lora-alpha 2 # curves
     rows alpha32 --lora-alpha 32
     all_done
@@ -174,19 +201,25 @@ fi
 # Settings of stage 2, on a world that nothing else sees
 if part choose; then
     once "$OUT/validation/goi/val.jsonl" bash -c "rm -rf '$OUT/validation' && python demo/world.py '$OUT/validation' \
-        --seed 1000 --train 100 --words 64"
+        --seed 1000 --train 800 --words 64"
     choose() { # choose NAME OPTIONS...
         local run=$OUT/choose/$1
-        once "$run/visft/lora.safetensors" python stage2_lora.py --tasks "${TASKS[@]}" --heads "$MAIN" "${STAGE2[@]}" \
-            --workers 0 "${@:2}" --out "$run/visft"
+        once "$run/visft/lora.safetensors" python stage2_lora.py --tasks "${TASKS[@]}" --heads "$HEADS" "${STAGE2[@]}" \
+            --head-words "${@:2}" --out "$run/visft"
         score "$run" 0 "$OUT/validation" "$run/visft/lora.safetensors"
     }
     both score "$OUT/choose/M_alone" 0 "$OUT/validation" none
+    both choose default
     both choose lr_3e-4 --lr 3e-4
-    both choose lr_1e-3 --lr 1e-3
     both choose lr_3e-3 --lr 3e-3
+    both choose steps_50 --iters 50
+    both choose steps_500 --iters 500
+    both choose steps_1000 --iters 1000
     both choose alpha_2 --lora-alpha 2
     both choose alpha_32 --lora-alpha 32
+    both choose rank_64 --rank 64 --lora-alpha 64
+    both choose equal_gradients --equal-gradients
+    both choose captions_alone --tasks captioning --batch 16
     ended choose
 fi
 echo "== demo/README.md"

@@ -270,7 +270,7 @@ while [ $# -gt 1 ]; do [ "$1" = --out ] && break; shift; done
 out=${2:-/dev/null}
 [ "$out" = /dev/null ] && exit
 mkdir -p "$out" && cd "$out"
-touch result.json lora.safetensors captioning.safetensors curves.png 4.png 4_captioning.png
+touch result.json lora.safetensors "$(basename "$out").safetensors" captioning.safetensors curves.png 4.png 4_captioning.png
 """
 STOPPED = ["stage1_heads.py", "eval_heads.py", "eval_ocr.py"]
 
