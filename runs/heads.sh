@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${1:-out/heads}
 shift || true
-[ $# -gt 0 ] || set -- captioning detection segmentation
+[ $# -gt 0 ] || set -- captioning detection segmentation panoptic pose
 WORLD=$OUT/world
 M=(--model eva_mini.px112 --weights demo/eva_mini_clip.safetensors --coco "$WORLD/coco" --size 112)
 TRAIN=(--batch 16 --lr 4e-4 --warmup 200 --workers 0 --cache "$OUT/features" --save-every 500 --resume)
@@ -16,6 +16,8 @@ declare -A OPTIONS=(
     [captioning]="--iters 3500 --lr 2e-3 --warmup 100"
     [detection]="--iters 9000 --queries 20 --layers 3 3 --dropout 0"
     [segmentation]="--iters 4000 --queries 20 --layers 2 3 --points 512 --data-fraction 0.5"
+    [panoptic]="--iters 3000 --queries 20 --layers 2 3 --points 512 --data-fraction 0.33"
+    [pose]="--iters 3000 --lr 1e-3 --data-fraction 0.5"
 )
 [ -e "$WORLD" ] || python demo/world.py "$WORLD" --train 24000 --words 64
 mkdir -p "$OUT/half"
@@ -33,6 +35,6 @@ from pathlib import Path
 print("| T_n on 1,008 held-out scenes | metric | score |\n| --- | --- | --- |")
 for path in sorted(Path(sys.argv[1]).glob("scores/*/result.json")):
     for row in json.loads(path.read_text())["rows"]:
-        if row["metric"] in ("box AP", "box AP50", "mask AP", "mask AP50", "CIDEr", "BLEU-4"):
+        if row["metric"] in ("box AP", "box AP50", "mask AP", "mask AP50", "PQ", "keypoint AP", "keypoint AP50", "CIDEr", "BLEU-4"):
             print(f"| {path.parent.name} | {row['metric']} | {row['before']:.1f} |")
 END

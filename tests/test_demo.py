@@ -269,8 +269,8 @@ case $1 in demo/world.py) mkdir -p "$2/coco/val2017" && touch "$2"/coco/val2017/
 while [ $# -gt 1 ]; do [ "$1" = --out ] && break; shift; done
 out=${2:-/dev/null}
 [ "$out" = /dev/null ] && exit
-mkdir -p "$out" && cd "$out"
-touch result.json lora.safetensors "$(basename "$out").safetensors" captioning.safetensors curves.png 4.png 4_captioning.png
+mkdir -p "$out" && cd "$out" && task=$(basename "$out")
+touch result.json lora.safetensors "$task.safetensors" captioning.safetensors curves.png 4.png 4_captioning.png
 """
 STOPPED = ["stage1_heads.py", "eval_heads.py", "eval_ocr.py"]
 
