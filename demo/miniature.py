@@ -226,29 +226,22 @@ def main_block(main: list[dict], side: list[dict] | None = None) -> list[str]:
 
 
 def heads_block(demo: Path, main: list[dict]) -> list[str]:
-    """What the heads can do, and what they say to M: three lines of a log at its start, and at its end."""
-
-    def logged(paths, key: str) -> list[list[float]]:
-        logs = [[json.loads(line) for line in path.read_text().splitlines()] for path in paths]
-        return [[line[key] for line in log if key in line] for log in logs]
-
+    """What the heads can do, how much they lose on held-out scenes, and the gradient that they hand to M."""
     lines = []
     for task, metric in IN_DOMAIN.items():
-        key = (task, "val2017", metric)
-        scored = [f"{statistics.mean(s[key][v] for s in main):.1f}" for v in ("before", "after")]
-        stage2 = sorted(demo.glob("seed*/visft/log.jsonl"))
-        end = statistics.mean(logged([HERE / "heads" / f"{task}.jsonl"], f"{task}/loss")[0][-3:])
-        losses = logged(stage2, f"{task}/loss")
-        first, last = (
-            statistics.mean(x for log in losses for x in log[part]) for part in (slice(3), slice(-3, None))
-        )
-        norm = statistics.median(x for log in logged(stage2, f"{task}/grad_norm") for x in log)
-        told_losses = [f"{loss:.2f}" for loss in (end, first, last)]
-        lines.append(
-            [f"{task}, {metric}", *scored, told(differences(main, main, key)), *told_losses, f"{norm:.2f}"]
-        )
-    columns = ["T_n on held-out scenes", "before", "after", "difference, 95%", "loss: end of stage 1"]
-    return table([*columns, "start of stage 2", "its end", "gradient of dW"], lines)
+        logs = [path.read_text().splitlines() for path in sorted(demo.glob("seed*/visft/log.jsonl"))]
+        norms = [json.loads(line).get(f"{task}/grad_norm") for log in logs for line in log]
+        cells = []
+        for key, form in (((task, "val2017", metric), ".1f"), (("losses", task, "loss"), ".3f")):
+            of_seeds = [s[key] for s in main if key in s]
+            cells += [format(statistics.mean(s[v] for s in of_seeds), form) for v in ("before", "after")]
+            mean, half = interval([s["after"] - s["before"] for s in of_seeds])
+            cells.append(f"{mean:+{form}} ± {half:{form}}")
+        norm = statistics.median(n for n in norms if n is not None)
+        lines.append([f"{task}, {metric}", *cells, f"{norm:.2f}"])
+    difference = ["before", "after", "difference, 95%"]
+    columns = ["T_n on held-out scenes", *difference, "loss there, before", *difference[1:], "gradient of dW"]
+    return table(columns, lines)
 
 
 def rows_block(out: Path, main: list[dict]) -> list[str]:

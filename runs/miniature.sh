@@ -79,8 +79,10 @@ galleries() { # galleries FOLDER WORLD OPTIONS...: retrieval in each of the worl
     done
 }
 
-more() { # more SEED: what the main effect has beside the demo's: other galleries, OCR heads of two more seeds
+more() { # more SEED: what the main effect has beside the demo's: losses, galleries, OCR heads of two more seeds
     local run=$MAIN/seed$1 k
+    once "$run/losses/result.json" python demo/losses.py "$HEADS" "$WORLD/coco" "$run/visft/lora.safetensors" \
+        --out "$run/losses"
     galleries "$run" "$WORLD" "${CLIP[@]}" --compare "$run/visft/lora.safetensors" --seed "$1" --workers 0
     for k in 1 2; do
         once "$run/ocr_$k/result.json" python eval_ocr.py "${M[@]}" "${READER[@]}" --seed "$(($1 + 10 * k))" \

@@ -270,7 +270,7 @@ while [ $# -gt 1 ]; do [ "$1" = --out ] && break; shift; done
 out=${2:-/dev/null}
 [ "$out" = /dev/null ] && exit
 mkdir -p "$out" && cd "$out" && task=$(basename "$out")
-touch result.json lora.safetensors "$task.safetensors" captioning.safetensors curves.png 4.png 4_captioning.png
+touch result.json {lora,captioning,$task}.safetensors curves.png 4.png 4_captioning.png
 """
 STOPPED = ["stage1_heads.py", "eval_heads.py", "eval_ocr.py"]
 
