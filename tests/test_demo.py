@@ -15,6 +15,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from torchvision.ops import box_iou
 
 import backbone as vit
 import tasks
@@ -28,6 +29,7 @@ WEIGHTS = ROOT / "demo" / "eva_mini_clip.safetensors"
 RIGHT = dict(plain=192, sketch=101, rotated=116, noisy=89)
 READ = 5
 CAPTIONS = 42  # of 60 that name nothing that is not there
+THINGS = {"detection": (0, 0), "segmentation": (0, 0)}  # found in these scenes, of how many
 FOUND = {"image to text": [72, 89, 93], "text to image": [223, 361, 415]}  # at 1, 5 and 10
 
 
@@ -114,24 +116,44 @@ def test_it_finds_pictures_and_captions(clip):
     assert {title: [int(r.sum()) for r in right] for title, right in found.items()} == FOUND
 
 
-@torch.no_grad()
+def answered(task: str) -> tuple[torch.nn.Module, list[dict], list[world.Scene]]:
+    """The committed head, what it answers on 60 scenes that no one trained on, and the scenes."""
+    backbone = vit.load("eva_mini.px112", str(WEIGHTS))
+    head = tasks.load_head(ROOT / "demo" / "heads" / f"{task}.safetensors", backbone.dim)
+    samples, scenes = [], [world.scene(np.random.default_rng((2, i)), 112) for i in range(60)]
+    for image_id, scene in enumerate(scenes):
+        pixels = torch.from_numpy(np.array(reopened(scene.image))).permute(2, 0, 1)
+        image, target = prepare(pixels, task, 14, square=112)
+        samples.append((image, {"image_id": image_id, **target}))
+    images, valid, y = collate(samples, 14, backbone.mean, backbone.std)
+    with torch.no_grad():
+        return head, head.predict(backbone(images, valid), y), scenes
+
+
 def test_its_head_captions_what_is_there():
     """To the caption: how many of 60 name things, and only such that are in the scene."""
-    backbone = vit.load("eva_mini.px112", str(WEIGHTS))
-    head = tasks.load_head(ROOT / "demo" / "heads" / "captioning.safetensors", backbone.dim)
-    samples, there = [], []
-    for image_id in range(60):
-        rng = np.random.default_rng((2, image_id))
-        scene = world.scene(rng, 112)
-        pixels = torch.from_numpy(np.array(reopened(scene.image))).permute(2, 0, 1)
-        image, target = prepare(pixels, "captioning", 14, square=112)
-        samples.append((image, {"image_id": image_id, **target}))
-        there.append({thing.name for thing in scene.things})
-    images, valid, y = collate(samples, 14, backbone.mean, backbone.std)
-    answers = head.predict(backbone(images, valid), y)
+    head, answers, scenes = answered("captioning")
     assert head.fc.weight.dtype == torch.float32
+    there = [{thing.name for thing in scene.things} for scene in scenes]
     named = [{*answer["caption"].split()} & {*world.THINGS} for answer in answers]
     assert sum(bool(n) and n <= t for n, t in zip(named, there, strict=True)) == CAPTIONS
+
+
+@pytest.mark.parametrize("task", THINGS)
+def test_its_heads_find_what_is_there(task):
+    """To the thing: how many have an answer, half sure, of their name and with an IoU of a half or more."""
+    head, answers, scenes = answered(task)
+    names, found = [c["name"] for c in head.config["categories"]], 0
+    for answer, scene in zip(answers, scenes, strict=True):
+        for thing in scene.things:
+            mine = (answer["scores"] >= 0.5) & (answer["labels"] == names.index(thing.name))
+            if task == "detection":
+                overlap = box_iou(answer["boxes_xyxy"][mine], torch.tensor([thing.box]).float())
+            else:
+                mask, masks = torch.from_numpy(thing.mask), answer["masks"][mine]
+                overlap = (masks & mask).sum((1, 2)) / (masks | mask).sum((1, 2))
+            found += bool((overlap >= 0.5).any())
+    assert (found, sum(len(scene.things) for scene in scenes)) == THINGS[task]
 
 
 def test_alt_text_names_a_part_and_no_positions():
@@ -177,32 +199,32 @@ def test_a_patch_embedding_as_a_product_is_the_convolution():
     torch.testing.assert_close(conv(x), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_an_interrupted_pretraining_goes_on(tmp_path):
-    """After 2 of 4 steps: the same weights and log as without the interruption, but for the seconds."""
+def test_an_interrupted_pretraining_goes_on(tmp_path, monkeypatch):
+    """After 2 of 3 steps: the same weights and log as without the interruption, but for the seconds."""
     common = ["--pictures", "32", "--batch", "16", "--coarse", "1", "--decay", "1", "--save-every", "1"]
-    common += ["--tests", "14", "--steps"]
+    common += ["--tests", "14", "--steps", "3"]
 
     def run(folder, *options):
-        command = [sys.executable, "demo/pretrain.py", "--out", str(tmp_path / folder), *common, *options]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-        assert done.returncode == 0, done.stderr
+        monkeypatch.setattr(sys, "argv", ["pretrain.py", "--out", str(tmp_path / folder), *common, *options])
+        pretrain.main()
         lines = (tmp_path / folder / "log.jsonl").read_text().splitlines()
         return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
 
-    whole = run("whole", "3")
+    whole = run("whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "again", ignore=shutil.ignore_patterns("*.pt", "log*"))
-    stop = (
-        "import sys, torch, demo.pretrain as p\n"
-        "save, calls = torch.save, []\n"
-        "def stopping(*a):\n"
-        "    save(*a); calls.append(1)\n"
-        "    if len(calls) == 2: sys.exit(3)\n"  # the state is in a temporary file; the log is a line ahead
-        "torch.save = stopping\n"
-        "p.main()\n"
-    )
-    command = [sys.executable, "-c", stop, "--out", str(tmp_path / "again"), *common, "3"]
-    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 3
-    assert run("again", "3", "--resume") == whole and len(whole) == 3
+    save, calls = torch.save, []
+
+    def stopping(*args):
+        save(*args)
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt  # the state is in a temporary file; the log is a line ahead
+
+    monkeypatch.setattr(torch, "save", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run("again")
+    monkeypatch.setattr(torch, "save", save)
+    assert run("again", "--resume") == whole and len(whole) == 3
     files = [(tmp_path / folder / "eva_mini_clip.safetensors").read_bytes() for folder in ("whole", "again")]
     assert files[0] == files[1]
 
