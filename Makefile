@@ -1,5 +1,6 @@
 PYTHON ?= python3
 SEEDS ?= 1
+HEADS ?= demo/heads
 
 .PHONY: setup test demo demo-pretrain demo-heads
 
@@ -13,8 +14,8 @@ setup: .venv/installed
 test: setup
 	.venv/bin/python -m pytest tests
 
-demo: setup  # SEEDS=5 for standard errors, OUT=FOLDER for another place
-	PATH="$(CURDIR)/.venv/bin:$$PATH" SEEDS="$(SEEDS)" bash runs/demo.sh $(OUT)
+demo: setup  # SEEDS=5: standard errors; HEADS=train: heads of one's own; OUT=FOLDER: another place
+	PATH="$(CURDIR)/.venv/bin:$$PATH" SEEDS="$(SEEDS)" HEADS="$(HEADS)" bash runs/demo.sh $(OUT)
 
 demo-pretrain: setup
 	.venv/bin/python demo/pretrain.py --out out/pretrain --resume

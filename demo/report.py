@@ -13,7 +13,19 @@ import json
 import re
 import statistics
 import sys
+from itertools import zip_longest
 from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that ours are found from any folder
+
+from data import words
+from files import open_picture
+from scores.words import alphanumeric
 
 ORDER = ["detection", "segmentation", "captioning", "ocr", "goi", "zeroshot", "retrieval"]
 PAPER = {  # the paper's own differences for tasks of the same kind and metric, in points, EVA-ViT-G or -E
@@ -36,11 +48,11 @@ COLUMNS = [
     "the paper's difference",
 ]
 INTRODUCTION = """A micro CLIP model (eva_mini, 2.8 M parameters, pretrained on pictures with a sentence
-each) is the vision foundation model M. Stage 1 trained task heads on it while it was frozen (Algorithm
-1); stage 2 trained LoRA on its queries and values through these heads, now frozen (Algorithm 2); then M
-was tested on other tasks, before and after (Algorithm 3). All is made up and small: it shows how ViSFT is
-run, and what it did here. Whether it helps, with five seeds, intervals, the paper's ablations and
-controls, is in demo/README.md; runs/miniature.sh repeats that."""
+each) is the vision foundation model M. Stage 1 trains task heads on it while it is frozen (Algorithm 1), here
+one of them for a minute, to be seen; stage 2 trained LoRA on its queries and values through heads that were
+trained for hours, now frozen (Algorithm 2); then M was tested on other tasks, before and after (Algorithm 3).
+All is made up and small: it shows how ViSFT is run, and what it did here. Whether it helps, with five seeds,
+intervals, the paper's ablations and controls, is in demo/README.md; runs/miniature.sh repeats that."""
 DETAIL = re.compile(r"^(box|mask|keypoint) (AP75|AP[sml]|AR.*)$")  # left to the result.json
 FORMS = {"n": "{:.0f}", "before": "{:.1f}", "after": "{:.1f}", "difference": "{:+.2f}"}
 
@@ -93,10 +105,12 @@ def sections(out: Path) -> list[tuple]:
         parts += [("text", told), ("table", COLUMNS, rows)]
     else:
         parts += [("text", "No evaluation has been run.")]
+    draw_words(out)
     captions = {
         "curves": "Losses of stage 1 and stage 2.",
         "attention": "Fig. 3: what [CLS] of the last layer looks at, before and after; one scale per column.",
         "predict": "What the heads of stage 1 answer on validation scenes, before and after stage 2.",
+        "words": "Words of the test sets as the OCR heads read them, before and after.",
     }
     for folder, told in captions.items():
         found = sorted((out / "figures" / folder).glob("*.png"))
@@ -105,9 +119,39 @@ def sections(out: Path) -> list[tuple]:
         total = sum(float(seconds) for _, seconds in steps)
         parts += [
             ("heading", "Wall time"),
-            ("table", ["step", "seconds, since it last started"], [*steps, ["all", f"{total:.0f}"]]),
+            ("table", ["step", "seconds, since it last started"], [*steps, ["sum", f"{total:.0f}"]]),
+            ("text", "OCR ran beside the other evaluations, so the whole took less than the sum."),
         ]
     return parts
+
+
+def draw_words(out: Path, each: int = 4) -> None:
+    """OUT/figures/words/words.png: some words of each outcome, the first of each set in turn."""
+    said = out / "seed0" / "ocr" / "words.jsonl"
+    if not said.is_file():
+        return
+    rows, places = [json.loads(line) for line in said.read_text().splitlines()], {}
+    for row in rows:
+        right = tuple(alphanumeric(row[v]) == alphanumeric(row["label"]) for v in ("before", "after"))
+        name, _, number = row["image_id"].rpartition("/")
+        places.setdefault(right, {}).setdefault(name, []).append((int(number) - 1, row))
+    titles = {(True, True): "right in both", (False, True): "right after", (True, False): "right before",
+              (False, False): "right in neither"}  # fmt: skip
+    sets = words.find([str(out / "world" / "words" / "test")])
+    figure, axes = plt.subplots(len(titles), each, figsize=(2.6 * each, 1.5 * len(titles)), squeeze=False)
+    for line, (right, title) in zip(axes, titles.items(), strict=True):
+        turns = [[(name, *one) for one in found[:each]] for name, found in places.get(right, {}).items()]
+        chosen = [one for turn in zip_longest(*turns) for one in turn if one][:each]
+        for axis in line:
+            axis.axis("off")
+        for axis, (name, i, row) in zip(line, chosen, strict=False):
+            axis.imshow(open_picture(sets[name].read(i)[0]))
+            axis.set_title(f"{row['before']} | {row['after']}\n({title}, {name})", fontsize=7)
+    path = out / "figures" / "words" / "words.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
 
 
 def markdown(parts: list[tuple], out: Path) -> str:

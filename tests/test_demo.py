@@ -266,13 +266,42 @@ def test_report_has_every_row_and_its_error(tmp_path):
     expected = ["ocr", "fonts", "accuracy", "210", "50.0", "54.0", "+4.00", "± 0.58 (3 seeds)"]
     assert f"| {' | '.join(expected)} | +2.5" in text
     assert "| goi | val | top-1 | 9 | 40.0 | - | - | - |" in text
-    assert "| all | 37 |" in text and "![one](figures/attention/one.png)" in text
+    assert "| sum | 37 |" in text and "![one](figures/attention/one.png)" in text
     for cell in expected:
         assert f"<td>{cell}</td>" in html
     assert "data:image/png;base64,iVBOR" in html and 'src="figures' not in html
     for seed in (1, 2):
         (tmp_path / f"seed{seed}" / "ocr" / "result.json").unlink()
     assert "+1.0 .. +5.0 (95%, items)" in report.markdown(report.sections(tmp_path), tmp_path)
+
+
+def test_report_shows_words_of_each_outcome(tmp_path, monkeypatch):
+    """Two sets of pictures, a word of each outcome in the first, one right in both in the second."""
+    rows, names = [], []
+    for name, read in (
+        ("fonts", [("cat", "cat"), ("dog", "cat"), ("cat", "dog"), ("", "x")]),
+        ("blur", [("Cat!", "cat")]),
+    ):
+        folder = tmp_path / "world" / "words" / "test" / name
+        folder.mkdir(parents=True)
+        Image.new("RGB", (20, 8)).save(folder / "a.png")
+        (folder / "gt.txt").write_text("a.png\tcat\n" * len(read))
+        for i, (before, after) in enumerate(read, 1):
+            rows.append(dict(image_id=f"{name}/{i:09d}", label="cat", before=before, after=after))
+    (tmp_path / "seed0" / "ocr").mkdir(parents=True)
+    (tmp_path / "seed0" / "ocr" / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    title = report.plt.Axes.set_title
+    monkeypatch.setattr(report.plt.Axes, "set_title", lambda *a, **k: names.append(a[1]) or title(*a, **k))
+    parts = report.sections(tmp_path)
+    assert ("picture", tmp_path / "figures" / "words" / "words.png", "words") in parts
+    told = [name.split("\n") for name in names]
+    assert told == [
+        ["cat | cat", "(right in both, fonts)"],
+        ["Cat! | cat", "(right in both, blur)"],
+        ["dog | cat", "(right after, fonts)"],
+        ["cat | dog", "(right before, fonts)"],
+        [" | x", "(right in neither, fonts)"],
+    ]
 
 
 def demo(*arguments, **environment) -> subprocess.CompletedProcess:
