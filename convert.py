@@ -139,7 +139,7 @@ def import_(args: argparse.Namespace) -> None:
         told = import_head(state, kind, args)
     else:
         weights = weight_files.tower(state, kind)
-        name = fits(weights, src, args.model, kind)
+        name, _ = fits(weights, src, args.model, kind)
         write(dst, weights)
         rest = len(state) - len(weight_files.timm_names(state, kind))
         told = [f"backbone {name}; left out: {rest} tensors outside of the vision tower"]
@@ -282,6 +282,9 @@ def export(args: argparse.Namespace) -> None:
         raise ValueError(f"{base} is {source or 'no ViT'}: --to {args.to} needs a whole {needed}")
     if folder and not (base / "config.json").is_file():
         raise ValueError(f"{base}: --to {args.to} needs the folder that save_pretrained wrote")
+    if args.to == "peft" and source in THEIRS and source != "blip2":
+        why = "transformers' modules have other names than its files, which PEFT goes by"
+        raise ValueError(f"{base} is {source}: {why}: --to transformers")
     if args.to in ("peft", "eva_clip") and source == "open_clip_vit":
         why = {"peft": "has no layer for q and v that PEFT could tune", "eva_clip": "is not EVA-CLIP's"}
         raise ValueError(f"{base}: open_clip's own ViT {why[args.to]}: --to open_clip, or timm")
@@ -292,14 +295,15 @@ def export(args: argparse.Namespace) -> None:
         name = f"the vision tower of {base.name}"
     else:
         tower = weight_files.tower(state, source)
-        name = fits(tower, base, args.model, source)
-        tower = weight_files.renamed(state, source) if folder or args.to == "peft" else tower
+        name, body = fits(tower, base, args.model, source)
+        if folder or args.to == "peft":
+            tower = weight_files.renamed(state, source)
+        elif args.to == "timm" and (behind := [k for k in tower if k not in body]):
+            told = [f"left out: {', '.join(behind[:4])}, {len(behind)} in all, which are not M's"]
+            tower = body
     if args.lora != "none":
-        header, updates, told = read_lora(args.lora, tower, source, args.weights)
-
-    if args.to == "timm" and (head := [k for k in tower if k.startswith("head.")]):
-        told.append(f"left out: {' and '.join(head)}, CLIP's projection, which is not M's")
-        tower = {k: v for k, v in tower.items() if k not in head}
+        header, updates, dropped = read_lora(args.lora, tower, source, args.weights)
+        told += dropped
     if folder:
         config = weight_files.read_config(base)
         told += unread(config, len({k.split(".")[1] for k in updates})) if updates else []
@@ -307,7 +311,7 @@ def export(args: argparse.Namespace) -> None:
         if updates and dtype != torch.float32:
             lost = 100 * lost_share(tower, updates, dtype)
             told.append(f"{lost:.1f}% of the update lost in the rounding to {args.dtype}")
-    use = how_to_use(args, name)
+    use = how_to_use(args, name, tower)
     text = card(args, name, header, told, use)
     if args.to == "peft":
         write_peft(dst, updates, header, names, args.weights, text)
@@ -327,12 +331,17 @@ def export(args: argparse.Namespace) -> None:
     print(f"{dst}: {args.weights} ({source}) + {args.lora}", *told, use, sep="\n  ")
 
 
-def how_to_use(args: argparse.Namespace, name: str) -> str:
+def how_to_use(args: argparse.Namespace, name: str, tower: dict[str, Tensor]) -> str:
     """The line that loads DST."""
-    timm, more = "eva_g" if name == "eva_g_blip2" else name, ""
-    if name not in MODELS.values():  # others may average the patches, under another name of the norm
-        more += 'global_pool="token", '
-    more += "depth=39, " * (name == "eva_g_blip2")
+    import timm as library
+
+    timm, more = "eva_g" if name == "eva_g_blip2" else name, "depth=39, " * (name == "eva_g_blip2")
+    if args.to == "timm" and not more:
+        with torch.device(
+            "meta"
+        ):  # some average the patches, under another name of the norm, or attend to them
+            default = library.create_model(TIMM_NAMES.get(name, name), num_classes=0).state_dict()
+        more = "" if default.keys() == tower.keys() else 'global_pool="", '
     config, architecture = Path(args.weights) / "config.json", "AutoModel"
     if args.to in ("blip2", "transformers"):
         architecture = (json.loads(config.read_text()).get("architectures") or [architecture])[0]
@@ -475,14 +484,14 @@ def card(args: argparse.Namespace, name: str, header: dict, told: list[str], use
 # --- both
 
 
-def fits(tower: dict[str, Tensor], src: str | Path, given: str | None, format: str) -> str:
-    """The --model that the tower is. Raises ValueError if it is none, or not the one given."""
+def fits(tower: dict[str, Tensor], src: str | Path, given: str | None, format: str) -> tuple[str, dict]:
+    """The --model that the tower is, and what M has of it. Raises ValueError if it is none or not `given`."""
     blocks = {k.split(".")[1] for k in tower if k.startswith("blocks.")}
     dim = tower["patch_embed.proj.weight"].shape[0] if "patch_embed.proj.weight" in tower else 0
     name = given or model_name(dim, len(blocks), src, None)
     with torch.device("meta"):
-        fitting(tower, Backbone(name), src, format)
-    return name
+        backbone = Backbone(name)
+    return name, fitting(tower, backbone, src, format)
 
 
 def model_name(dim: int, depth: int, src: str | Path, given: str | None) -> str:

@@ -19,7 +19,7 @@ import backbone as vit
 import lora
 from clip import Clip
 from ranks import Ranks
-from tests.stages import losses, stage1, stage2
+from tests.stages import stage1, stage2
 from tests.towers import SIDE, TOWERS, Tower
 
 ONE = dict(atol=1e-5, rtol=1e-5)  # fp32, another order of summation
@@ -147,15 +147,16 @@ def test_lora_is_identity_then_reaches_the_first_block_and_merges(row, made):
 
 
 @every
-def test_both_stages_run_and_lower_the_loss(row, made, scenes, run, tmp_path):
+def test_both_stages_run(row, made, scenes, run, tmp_path):
+    """That the loss falls is test_stages.py's to say: here LoRA of every block is trained and kept."""
     weights, _ = made(row)
-    options = {"model": row.model, "weights": weights, "iters": 8, "log-every": 4, "data-fraction": 0.2}
+    options = {"model": row.model, "weights": weights, "data-fraction": 0.2, "iters": 2}
     code, _, err = run("stage1_heads", *stage1(scenes, tmp_path / "one", **options))
     assert code == 0, err
     code, _, err = run("stage2_lora", *stage2(scenes, tmp_path / "two", tmp_path / "one", **options))
     assert code == 0, err
-    assert all(some[-1] < some[0] for some in map(losses, (tmp_path / "one", tmp_path / "two")))
-    state = lora.read(tmp_path / "two" / "lora.safetensors")[1]
+    header, state = lora.read(tmp_path / "two" / "lora.safetensors")
+    assert header["backbone"] == row.model
     assert all(value.any() for value in state.values()) and len(state) in (4, 8)
 
 
@@ -196,14 +197,12 @@ def test_what_is_exported_is_ours_in_the_library(row, to, made, run, tmp_path):
 
 
 def with_peft(row: Tower, weights: Path, adapter: Path) -> nn.Module:
-    if row.library == "open_clip":  # ours is timm's
-        model = vit.load(row.model, str(weights)).vit
-    else:
-        model = opened(row, weights)
-    for block in getattr(model, "blocks", ()):
-        if hasattr(block.attn, "qkv_bias_separate"):
-            block.attn.qkv_bias_separate = True  # as the README says
-    return peft.PeftModel.from_pretrained(model, adapter).base_model.model
+    model = opened(row, weights)
+    for attention in model.modules():
+        if hasattr(attention, "qkv_bias_separate"):
+            attention.qkv_bias_separate = True  # as the README says
+    model = peft.PeftModel.from_pretrained(model, adapter).base_model.model
+    return model.visual.trunk if row.library == "open_clip" else model
 
 
 @torch.no_grad()

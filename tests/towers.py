@@ -158,7 +158,7 @@ def at(patch: int, **more) -> dict:
 
 ANY, WHOLE, FOLDER = ("timm", "peft"), "a whole CLIP's file", "a folder, also of a bigger model"
 TIMM = "a file, `pretrained`"
-HF = ("transformers", "timm", "peft")
+HF = ("transformers", "timm")
 EVA = dict(timm_pool="token", timm_proj=None, timm_model_name="small_eva_giant_patch14_clip_224")
 OWN = dict(width=WIDTH, layers=2, head_width=16, mlp_ratio=2.0)
 TOWERS = [
@@ -182,7 +182,9 @@ TOWERS = [
         "SigLIP, SigLIP 2, PaliGemma, SmolVLM", "vit_so400m_patch14_siglip_384", "transformers", siglip, HF,
         FOLDER, at(14),
     ),
-    Tower("BLIP-2", "eva_giant_patch14_clip_224", "transformers", blip2, ("blip2", *HF), FOLDER, at(14)),
+    Tower(
+        "BLIP-2", "eva_giant_patch14_clip_224", "transformers", blip2, ("blip2", *HF, "peft"), FOLDER, at(14)
+    ),
     Tower("DINOv2", "vit_base_patch14_dinov2", "transformers", dinov2(), HF, FOLDER, at(14)),
     Tower(
         "DINOv2 giant", "vit_giant_patch14_dinov2", "transformers", dinov2(use_swiglu_ffn=True), HF, FOLDER,
