@@ -157,17 +157,28 @@ def read(path: str | Path) -> dict[str, Tensor]:
 
 def check_folder(path: Path) -> None:
     """Raises as read does for what a folder's JSON says: custom code, quantized weights, absent shards."""
-    config, index = path / "config.json", path / "model.safetensors.index.json"
-    said = json.loads(config.read_text()) if config.is_file() else {}
-    if "auto_map" in said:
-        code = f"its code is in the folder, not in transformers ({next(iter(said['auto_map'].values()))})"
-        raise ValueError(f"{path}: {said.get('model_type')} is not supported: {code}")
+    said = read_json(path / "config.json")
+    if code := said.get("auto_map"):
+        where = f"its code is in the folder, not in transformers ({next(iter(code.values()), '')})"
+        raise ValueError(f"{path}: {said.get('model_type')} is not supported: {where}")
     if quantized := said.get("quantization_config"):
         how = quantized.get("quant_method", "an unknown method")
         raise ValueError(f"{path}: quantized by {how}: save it dequantized, in 16 or 32 bit, first")
-    shards = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else ()
+    shards = {str(x) for x in read_json(path / "model.safetensors.index.json").get("weight_map", {}).values()}
     if absent := sorted(shard for shard in shards if not (path / shard).is_file()):
         raise FileNotFoundError(f"{path}: {len(absent)} of {len(shards)} shards are absent: {absent[0]}")
+
+
+def read_json(path: Path) -> dict:
+    """{} if there is no such file. Raises ValueError if it holds something else, or parts of another kind."""
+    try:
+        content = json.loads(path.read_text()) if path.is_file() else {}
+        parts = [content.get(k) or {} for k in ("auto_map", "quantization_config", "weight_map")]
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is not JSON, or not an object: {error}") from error
+    if not all(isinstance(part, dict) for part in parts):
+        raise ValueError(f"{path}: auto_map, quantization_config or weight_map is not an object")
+    return content
 
 
 def prefixes(names, format: str) -> list[str]:

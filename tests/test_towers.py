@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import open_clip
@@ -11,14 +12,16 @@ import timm
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from timm.models.eva import checkpoint_filter_fn
 from torch import Tensor, nn
 
 import backbone as vit
 import lora
+import weights as weight_files
 from clip import Clip
 from ranks import Ranks
+from tests import towers
 from tests.stages import stage1, stage2
 from tests.towers import SIDE, TOWERS, Tower
 
@@ -354,3 +357,200 @@ def test_the_image_features_of_a_whole_llava_are_ours(made, wholes):
         patches = tokens(backbone(row.images()))[:, 1:]
         expected = model.model.multi_modal_projector(patches)
     torch.testing.assert_close(torch.stack(tuple(theirs)), expected, **ONE)
+
+
+def test_names_of_older_folders_are_found_too(made, wholes, tmp_path):
+    """LLaVA's and PaliGemma's on the hub: another prefix, and tensors that are no weights."""
+    row, folder = ROWS["clip"], tmp_path / "old"
+    state = weight_files.read(wholes("llava"))
+    old = {k.replace("vision_tower.", "vision_tower.vision_model."): v for k, v in state.items()}
+    old["vision_tower.vision_model.embeddings.position_ids"] = torch.arange(17)[None]
+    folder.mkdir()
+    save_file(old, folder / "model.safetensors")
+    shutil.copy(wholes("llava") / "config.json", folder)
+    got = ours(row, folder, row.images())
+    assert torch.equal(got, ours(row, wholes("llava"), row.images()))
+    assert torch.equal(got, ours(row, folder / "model.safetensors", row.images()))  # config.json is beside it
+
+
+@pytest.mark.parametrize("dtype, kind", [("bf16", torch.bfloat16), ("fp16", torch.float16), (None, None)])
+def test_merged_in_16_bit_only_if_asked_and_said(dtype, kind, made, wholes, run, tmp_path):
+    row, half = ROWS["clip"], tmp_path / "half"
+    _, lora_file = made(row)
+    opened(row, wholes("llava")).to(torch.bfloat16).save_pretrained(half)  # as most are stored
+    options = [
+        "--weights",
+        half,
+        "--lora",
+        lora_file,
+        "--to",
+        "transformers",
+        *(["--dtype", dtype] if dtype else []),
+    ]
+    code, out, err = run("convert", "export", tmp_path / "out", *options)
+    assert code == 0, err
+    before, after = weight_files.read(half), weight_files.read(tmp_path / "out")
+    kind = kind or torch.float32
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == str(kind)[6:]
+    merged = 0.0, 0.0
+    for name, part, A, B in two_blocks(lora_file):
+        file = f"vision_tower.encoder.layers.{name}.self_attn.{part}_proj.weight"
+        W, dW = before[file].float(), B @ A * (2.0 / 3)
+        assert after[file].dtype == kind and torch.equal(after[file], (W + dW).to(kind))
+        change = after[file].double() - W.to(kind).double()
+        merged = merged[0] + (change * dW).sum(), merged[1] + dW.double().square().sum()
+    share = re.search(r"(-?[\d.]+)% of the update lost in the rounding", out)
+    if kind == torch.float32:
+        assert share is None
+    else:
+        assert float(share[1]) == pytest.approx(100 * (1 - merged[0] / merged[1]).item(), abs=0.051)
+        assert share[0] in (tmp_path / "out" / "README.md").read_text()
+    same = [name for name in before if "self_attn" not in name]
+    assert all(torch.equal(after[name], before[name]) for name in same)
+
+
+def two_blocks(lora_file: Path) -> list:
+    """Block, q or v, A and B of a file of two fused blocks of rank 3."""
+    state = lora.read(lora_file)[1]
+    found = []
+    for n in range(2):
+        A, B = (state[f"blocks.{n}.attn.qkv.lora_{part}"].chunk(2) for part in "AB")
+        found += [(n, "q", A[0], B[0]), (n, "v", A[1], B[1])]
+    return found
+
+
+# --- what is refused
+
+
+def changed_json(folder: Path, file: str, **more) -> None:
+    content = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**content, **more}))
+
+
+def rewritten(folder: Path, change) -> None:
+    """The tensors of all shards through change(state), as one file."""
+    state = weight_files.read(folder)
+    for file in folder.glob("model*"):
+        file.unlink()
+    save_file({k: v.clone() for k, v in change(state).items()}, folder / "model.safetensors")
+
+
+def int8(state: dict) -> dict:
+    name = next(k for k in state if k.endswith("layers.1.self_attn.q_proj.weight"))
+    return {**state, name: state[name].to(torch.int8), f"{name}_scale": torch.ones(1)}
+
+
+TWICE = lambda s: s | {k.replace("vision_tower", "second_tower"): v for k, v in s.items()}  # noqa: E731
+BAD = {
+    "another width": (
+        lambda f: rewritten(f, lambda s: {k: torch.cat([v, v]) for k, v in s.items()}),
+        "expected",
+    ),
+    "another depth": (
+        lambda f: rewritten(f, lambda s: {k.replace("layers.1.", "layers.2."): v for k, v in s.items()}),
+        "missing blocks.1.*unexpected 'blocks.2.|missing blocks.1",
+    ),
+    "half a tower": (
+        lambda f: rewritten(
+            f, lambda s: {k: v for k, v in s.items() if "vision_tower.encoder.layers.1." not in k}
+        ),
+        "missing blocks.1.norm1.weight",
+    ),
+    "no keys": (
+        lambda f: rewritten(f, lambda s: {k: v for k, v in s.items() if "k_proj" not in k}),
+        "missing blocks.0.attn.qkv.weight",
+    ),
+    "two towers": (
+        lambda f: rewritten(f, TWICE),
+        "2 vision towers: .*_tower., .*_tower.: one is",
+    ),
+    "quantized": (
+        lambda f: changed_json(f, "config.json", quantization_config={"quant_method": "bitsandbytes"}),
+        "quantized by bitsandbytes",
+    ),
+    "quantized tensors": (lambda f: rewritten(f, int8), r"quantized model: .*q_proj.weight holds int8"),
+    "absent shard": (
+        lambda f: sorted(f.glob("model-*.safetensors"))[1].unlink(),
+        r"1 of \d+ shards are absent: model-00002",
+    ),
+    "InternViT": (
+        lambda f: changed_json(
+            f, "config.json", model_type="intern_vit_6b", auto_map={"AutoModel": "m.InternVisionModel"}
+        ),
+        "intern_vit_6b is not supported: its code is in the folder, not in transformers",
+    ),
+    "an unknown type": (lambda f: changed_json(f, "config.json", model_type="llava_llama"), "llava_llama"),
+    "another activation": (
+        lambda f: vision(f, hidden_act="gelu"),
+        "3 heads, gelu, epsilon 1e-05 and 3 heads, QuickGELU, epsilon 1e-05",
+    ),
+    "other heads": (lambda f: vision(f, num_attention_heads=4), "4 heads, quick_gelu.*and 3 heads"),
+    "no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json"),
+    "JSON of a list": (lambda f: (f / "config.json").write_text("[1]"), "config.json"),
+    "a broken index": (lambda f: changed_json(f, "model.safetensors.index.json", weight_map=3), "index.json"),
+}
+
+
+def vision(folder: Path, **more) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    changed_json(folder, "config.json", vision_config={**config["vision_config"], **more})
+
+
+@pytest.mark.parametrize("how", BAD)
+def test_a_folder_that_is_no_such_tower_is_refused(how, wholes, run, tmp_path):
+    folder, row = tmp_path / "bad", ROWS["clip"]
+    shutil.copytree(wholes("llava"), folder)
+    BAD[how][0](folder)
+    options = ("--model", row.model, "--weights", folder, "--to", "timm")
+    code, _, err = run("convert", "export", tmp_path / "out.safetensors", *options)
+    assert code == 2 and re.search(BAD[how][1], err), err
+    assert len(err.strip().splitlines()) == 1 and not (tmp_path / "out.safetensors").exists(), err
+    with pytest.raises((ValueError, FileNotFoundError), match=BAD[how][1]):
+        vit.load(row.model, str(folder))
+
+
+def test_naflex_is_refused_by_name(tmp_path):
+    config = transformers.Siglip2VisionConfig(**towers.THEIRS, **towers.MLP, num_patches=16)
+    transformers.Siglip2VisionModel(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="SigLIP 2 NaFlex"):
+        vit.load(ROWS["siglip"].model, str(tmp_path))
+
+
+def test_a_tower_of_less_blocks_takes_the_lora_of_more(made, wholes, run, tmp_path):
+    """LLaVA-OneVision keeps 26 of SigLIP's 27: what has no place is named, as for BLIP-2's 39 of 40."""
+    less = tmp_path / "less"
+    shutil.copytree(wholes("llava"), less)
+    rewritten(less, lambda s: {k: v for k, v in s.items() if "vision_tower.encoder.layers.1." not in k})
+    vision(less, num_hidden_layers=1)
+    _, lora_file = made(ROWS["clip"])
+    options = ("--weights", less, "--lora", lora_file, "--to", "transformers")
+    code, out, err = run("convert", "export", tmp_path / "out", *options)
+    assert code == 0, err
+    assert f"left out: blocks.1.attn.qkv.lora_A, of a block that {less} does not have" in out
+    before, after = weight_files.read(less), weight_files.read(tmp_path / "out")
+    assert sum(not torch.equal(after[name], before[name]) for name in before) == 2
+
+
+def test_exports_that_cannot_be(made, run, tmp_path):
+    timms, clips = ROWS["clip"], next(row for row in TOWERS if row.library == "timm")
+    folder, lora_file = made(timms)
+    file, _ = made(clips)
+    for weights, options, said in (
+        (file, ("--to", "transformers"), "is timm: --to transformers needs a whole blip2 or clip or"),
+        (
+            folder,
+            ("--to", "timm", "--model", timms.model, "--dtype", "bf16"),
+            "--dtype goes with --to transformers",
+        ),
+        (folder, ("--to", "peft", "--lora", lora_file), "is clip: .*--to transformers"),
+        (folder, ("--to", "open_clip"), "is clip: --to open_clip needs a whole open_clip or"),
+        (
+            folder / "model.safetensors",
+            ("--to", "transformers"),
+            "needs the folder that save_pretrained wrote",
+        ),
+    ):
+        dst = tmp_path / ("out.safetensors" if options[1] in ("timm", "open_clip") else "out")
+        code, _, err = run("convert", "export", dst, "--weights", weights, *options)
+        assert code == 2 and re.search(said, err), err
+    assert not any(tmp_path.iterdir())
