@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import open_clip
@@ -554,3 +555,17 @@ def test_exports_that_cannot_be(made, run, tmp_path):
         code, _, err = run("convert", "export", dst, "--weights", weights, *options)
         assert code == 2 and re.search(said, err), err
     assert not any(tmp_path.iterdir())
+
+
+def test_readmes_table_is_what_these_tests_are_run_with():
+    _, inside, _ = towers.block(towers.README.read_text())
+    assert inside == towers.table(), "run python -m tests.towers --write"
+    assert len(inside.splitlines()) <= 20
+
+
+def test_a_row_that_differs_is_written_again(tmp_path, monkeypatch):
+    (tmp_path / "README.md").write_text(towers.README.read_text().replace("| DINOv3 |", "| DINOv4 |"))
+    monkeypatch.setattr(towers, "README", tmp_path / "README.md")
+    monkeypatch.setattr(sys, "argv", ["towers.py", "--write"])
+    towers.main()
+    assert "| DINOv3 |" in (tmp_path / "README.md").read_text()
