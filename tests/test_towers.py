@@ -510,6 +510,16 @@ def test_a_folder_that_is_no_such_tower_is_refused(how, wholes, run, tmp_path):
         vit.load(row.model, str(folder))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+def test_a_torchscript_archive_is_refused_by_name(made, run, tmp_path):
+    row = next(row for row in TOWERS if row.zero_shot)
+    visual = opened(row, made(row)[0]).visual
+    torch.jit.save(torch.jit.trace(visual, row.images()), tmp_path / "ViT-L-14-336px.pt")
+    options = ("--model", row.model, "--weights", tmp_path / "ViT-L-14-336px.pt", "--to", "timm")
+    code, _, err = run("convert", "export", tmp_path / "out.safetensors", *options)
+    assert code == 2 and "px.pt: a TorchScript archive, as OpenAI's own CLIP files are, holds code" in err
+
+
 def test_naflex_is_refused_by_name(tmp_path):
     config = transformers.Siglip2VisionConfig(**towers.THEIRS, **towers.MLP, num_patches=16)
     transformers.Siglip2VisionModel(config).save_pretrained(tmp_path)
