@@ -579,3 +579,18 @@ def test_a_row_that_differs_is_written_again(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["towers.py", "--write"])
     towers.main()
     assert "| DINOv3 |" in (tmp_path / "README.md").read_text()
+
+
+def test_the_recipe_of_dinov3_runs(made, scenes, real_ocr, run, tmp_path):
+    """README's, after both stages: a folder of transformers', words, and objects on [CLS] beside registers."""
+    row = next(row for row in TOWERS if row.name == "DINOv3")
+    weights, lora_file = made(row)
+    options = ("--model", row.model, "--weights", weights, "--compare", lora_file, "--workers", 0, "--size", 96)
+    words = ("--train", real_ocr, "--test", real_ocr, "--iters", 2, "--batch", 4, "--limit", 6)
+    code, out, err = run("eval_ocr", *options, *words, "--out", tmp_path / "ocr")
+    assert code == 0, err
+    code, out, err = run("eval_goi", *options, "--coco", scenes, "--epochs", 2, "--out", tmp_path / "goi")
+    assert code == 0, err
+    for name in ("ocr", "goi"):
+        rows = json.loads((tmp_path / name / "result.json").read_text())["rows"]
+        assert all(row[variant] is not None for row in rows for variant in ("before", "after")), rows
