@@ -9,6 +9,7 @@ of LoRA.
 """
 
 import argparse
+import hashlib
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -67,7 +68,7 @@ class Backbone(nn.Module):
             raise ValueError(
                 f"--model {name}: neither {', '.join(TIMM_NAMES)}, eva_mini nor a model that timm has"
             )
-        self.name, self.use_cls = name, use_cls
+        self.name, self.use_cls, self.fingerprint = name, use_cls, "none"
         self.recompute: int | None = 0  # how many of the first blocks are computed again in the backward pass
         self.memory = 0.0  # bytes that a step may take, for recompute None: as few blocks as these ask
         self.kept_per_token = 0.0
@@ -293,6 +294,7 @@ def load(name: str, weights: str, dtype=torch.float32, device="cpu", seed: int =
         with torch.random.fork_rng(devices=on_gpu), torch.device(device):  # not on the host of eight ranks
             torch.manual_seed(seed)
             backbone = Backbone(name, use_cls, pretrained=weights == "pretrained")
+        backbone.fingerprint = fingerprint(backbone.vit.state_dict())
         return backbone.to(device=device, dtype=dtype)
 
     state = weight_files.read(weights)
@@ -300,6 +302,7 @@ def load(name: str, weights: str, dtype=torch.float32, device="cpu", seed: int =
     with torch.device("meta"):
         backbone = Backbone(name, use_cls)
     state, vit = fitting(weight_files.tower(state, format), backbone, weights, format), backbone.vit
+    backbone.fingerprint = fingerprint(state)
     vit.load_state_dict({k: v.to(device=device, dtype=dtype) for k, v in state.items()}, assign=True)
     for module in vit.modules():  # EVA's zero key bias, RoPE tables: not in the file, so still on meta
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
@@ -307,6 +310,14 @@ def load(name: str, weights: str, dtype=torch.float32, device="cpu", seed: int =
                 setattr(module, key, torch.empty_like(buffer, device=device))
             module.init_non_persistent_buffers()
     return backbone.to(device=device, dtype=dtype).requires_grad_(False)
+
+
+def fingerprint(state: dict[str, Tensor]) -> str:
+    """Tells Ms apart, whatever files they come from: of the patch embedding, which no LoRA changes."""
+    weight = state["patch_embed.proj.weight"]
+    if weight.is_meta:
+        return "none"
+    return hashlib.sha256(weight.float().cpu().contiguous().numpy()).hexdigest()[:16]
 
 
 def fitting(

@@ -109,7 +109,8 @@ def main() -> None:
         # --- save
         if save:  # the checkpoint last: what is resumed from it is complete
             if ranks.rank == 0:
-                header = dict(step=step + 1, size=args.size, **backbone_settings(args))
+                header = dict(step=step + 1, size=args.size, M=backbone.fingerprint)
+                header |= backbone_settings(args)
                 tasks.save_head(head, out / f"{args.task}.safetensors", args.task, **header)
             run.save(step + 1)
     log.say([f"{out / args.task}.safetensors: T* after {args.iters} steps"])

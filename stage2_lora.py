@@ -89,6 +89,7 @@ def main() -> None:
     backbone = open_backbone(args, ranks, torch.float32 if args.full else ranks.dtype)
     heads = {task: tasks.load_head(path, backbone.dim).to(ranks.device) for task, path in head_files.items()}
     for task, dataset in datasets.items():
+        tasks.check_M(head_files[task], backbone.fingerprint)
         tasks.check_classes(heads[task], dataset.classes, head_files[task])
     # Alg. 2, line 1: initialize LoRA weights dW, freeze M (a Backbone is always frozen) and T_n*
     torch.manual_seed(args.seed)  # whatever was built before, dW starts from the seed

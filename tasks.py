@@ -193,6 +193,12 @@ def find_head(places: list[str], task: str, settings: dict) -> Path:
     )
 
 
+def check_M(path: Path, fingerprint: str) -> None:
+    """Raises ValueError if a head was trained on another M than the one with this fingerprint."""
+    if files.read_header(path, "head").get("M", fingerprint) != fingerprint:
+        raise ValueError(f"{path} was trained on another M: both stages must have the same --weights")
+
+
 def check_classes(head: nn.Module, classes: list, path: Path) -> None:
     """Raises ValueError if the head's categories or words are not those of the data, in the same order."""
     captioner = "vocabulary" in head.config

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torchvision.ops import box_convert
 
 import backbone as vit
@@ -294,6 +294,7 @@ def test_a_head_of_kept_features_is_the_head_that_asks_m_each_time(scenes, tmp_p
             torch.testing.assert_close(weight, heads[0][name], rtol=1e-4, atol=1e-5)
     header = files.read_header(tmp_path / "keeping" / f"{task}.safetensors", "head")
     assert header["size"] == 56 and sizes.items() <= header["config"].items()
+    assert header["M"] == vit.load("eva_mini", "random").fingerprint
     rebuilt = tasks.load_head(tmp_path / "keeping" / f"{task}.safetensors", 192)
     assert all(torch.equal(v, heads[1][k]) for k, v in rebuilt.state_dict().items())
 
@@ -317,6 +318,19 @@ def test_stage_2_can_take_the_words_of_the_head(scenes, tmp_path, run):
     assert code == 0, err
     stream = tasks.find("captioning").Stream(scenes, "train2017", 0, vocabulary=vocabulary)
     assert stream.classes == vocabulary and set(stream.tokens.tolist()) == {1, 2, 3, 4, 5, 6}
+
+
+def test_stage_2_wants_the_M_of_the_heads(scenes, tmp_path, run):
+    """Whatever file it comes from: here of a whole CLIP; not another of the same size."""
+    M, path = vit.load("eva_mini", "random"), tmp_path / "detection.safetensors"
+    save_file({f"visual.trunk.{k}": v for k, v in M.vit.state_dict().items()}, tmp_path / "clip.safetensors")
+    head = tasks.find("detection").Head(192, Detection(scenes, "train2017").categories)
+    tasks.save_head(head, path, "detection", M=M.fingerprint)
+    options = stage2(scenes, tmp_path / "out", path, iters=1)
+    for weights, refused in (("random", False), (tmp_path / "clip.safetensors", False), ("random", True)):
+        more = ["--weights", weights, "--out", tmp_path / "out" / Path(weights).stem]
+        code, _, err = run("stage2_lora", *options, *more, *(["--seed", 1, "--resume"] if refused else []))
+        assert (code, "was trained on another M" in err) == ((2, True) if refused else (0, False)), err
 
 
 def test_images_of_a_size_are_those_of_the_evaluation(scenes):
