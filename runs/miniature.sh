@@ -214,12 +214,8 @@ if part choose; then
     both choose default
     both choose lr_3e-4 --lr 3e-4
     both choose lr_3e-3 --lr 3e-3
-    both choose steps_50 --iters 50
     both choose steps_500 --iters 500
-    both choose steps_1000 --iters 1000
-    both choose alpha_2 --lora-alpha 2
     both choose alpha_32 --lora-alpha 32
-    both choose rank_64 --rank 64 --lora-alpha 64
     both choose equal_gradients --equal-gradients
     both choose captions_alone --tasks captioning --batch 16
     ended choose
