@@ -65,13 +65,13 @@ def test_items_are_done_when_all_variants_of_all_are():
     assert not found.have([1], ["before", "after"]) and not found.have([2, 3], ["before"])
 
 
-@pytest.mark.parametrize("beams, given, used", [(5, None, 1.0), (5, 0.3, 0.3), (5, 0.0, 0.0), (1, 0.3, None)])
+@pytest.mark.parametrize("beams, given, used", [(5, 0.3, 0.3), (5, 0.0, 0.0), (1, 0.3, None)])
 def test_the_length_penalty_is_the_options_where_there_are_beams(beams, given, used):
     p = argparse.ArgumentParser()
-    add_generation_options(p, least=1, most=10, length_penalty="")
+    add_generation_options(p, prompt="")
     args = p.parse_args([])
     args.beams, args.length_penalty = beams, given
-    settings = generation_settings(args, length_penalty=1.0)
+    settings = generation_settings(args)
     assert settings.get("length_penalty") == used and settings["num_beams"] == beams
 
 
@@ -171,7 +171,7 @@ def test_gqa_is_read_and_matched(tmp_path):
     (q,) = vqa.read("gqa", str(tmp_path / "gqa.json"), None)
     assert (q.id, q.image, q.answers, q.kind) == ("07", "n1.jpg", ("yes",), "verify")
     assert vqa.exact_match("Yes.", q.answers) == 1 and vqa.exact_match("no", q.answers) == 0
-    (tmp_path / "r.json").write_text(json.dumps(vqa.results("gqa", {"07": "yes"})))
+    (tmp_path / "r.json").write_text(vqa.results("gqa", [q], {"07": "yes"})[".json"])
     assert vqa.read_results(tmp_path / "r.json", [q]) == {"07": "yes"}
 
 
@@ -226,7 +226,7 @@ def test_results_of_another_question_set_are_refused(tmp_path, run):
     "words, told",
     [
         (["--blip2", "absent", "--images", "."], "neither a folder nor a name on the hub"),
-        (["--images", "."], "--blip2 and --images are needed"),
+        (["--images", "."], "--blip2 or --vlm, and --images are needed"),
         (["--results", "r.json", "--images", "."], "--images has no part in it"),
         (["--blip2", "BLIP", "--images", ".", "--prompt", "what"], "--prompt needs one {}"),
         (["--blip2", "BLIP", "--images", ".", "--beams", "0"], "--beams must be at least 1"),
