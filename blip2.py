@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import transformers
 from safetensors import safe_open
 from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torchvision import transforms
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
@@ -69,19 +69,13 @@ class Blip2:
 
     # --- M and dW
 
-    @property
-    def tower(self) -> nn.ModuleDict:
-        """M's attention layers under timm's names, blocks.N.attn, which LoRA files have."""
-        layers = self.model.vision_model.encoder.layers
-        return nn.ModuleDict({"blocks": nn.ModuleList(nn.ModuleDict({"attn": x.self_attn}) for x in layers)})
-
     def attach(self, path: str | Path | None) -> tuple[Callable[[str], None], list[str]]:
         """Load dW, if any, into M; returns a function that sets M to `before` or `after`, and notes.
 
         transformers' fused qkv has timm's rows (q, k, v), so names are all that differs. EVA-ViT-G has 40
         blocks and BLIP-2 uses 39: dW of the last has no place here. Raises ValueError if dW does not fit.
         """
-        tower, notes = self.tower, []
+        tower, notes = lora.attentions(self.model), []
         if path:
             spare = spare_block(path, self.config)
             lora.load(tower, path, without=spare)

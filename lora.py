@@ -6,12 +6,15 @@
     lora.merge(vit); lora.unmerge(vit)   # W <- W + (alpha / rank) B A, and back, bit for bit
     lora.switch(vit, on=False)           # h = W x for a while: before and after with one set of weights
 
-It works from outside, on timm's EVA and plain ViTs, open_clip's towers and transformers' BLIP-2 vision model:
-wherever attention has one fused `qkv` Linear, or separate `q_proj` and `v_proj`. Names, row order (q, then v)
-and shapes are those of the authors' released files. train() and eval() change nothing: merging is a call.
+It works from outside, on timm's EVA and plain ViTs, open_clip's towers and transformers' vision models:
+wherever attention has one fused `qkv` Linear, or one for q and one for v. Names, row order (q, then v) and
+shapes are those of the authors' released files; a file fits both kinds of attention. train() and eval()
+change nothing: merging is a call.
 """
 
+import inspect
 import math
+import re
 from pathlib import Path
 
 import torch
@@ -19,6 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import files
+
+# What an attention calls its Linear modules: timm's and others' fused, timm's and transformers', older ViTs
+TARGETS = ("qkv",), ("q_proj", "v_proj"), ("query", "value")
 
 
 class LoRALinear(nn.Linear):
@@ -77,6 +83,35 @@ def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {f"{name}.{part}": getattr(layer, part) for name, layer in found for part in ("lora_A", "lora_B")}
 
 
+def targets(attention: nn.Module) -> tuple[str, ...]:
+    """The names of the Linear modules that LoRA updates: ("qkv",), or those of q and v; () if it has none."""
+    for names in TARGETS:
+        linears = [getattr(attention, name, None) for name in names]
+        if all(isinstance(x, nn.Linear) for x in linears):
+            rows, columns = linears[0].out_features, linears[0].in_features
+            if names != ("qkv",) or rows == 3 * columns:
+                return names
+    return ()
+
+
+def attentions(model: nn.Module) -> nn.ModuleDict:
+    """The attentions of transformers' vision tower under timm's names, blocks.N.attn, which LoRA files have.
+
+    model: the tower (CLIP's, SigLIP's, DINOv2's, DINOv3's, BLIP-2's, ...) or a bigger model that has one
+    Raises ValueError if there is not exactly one: a ViT has patch embeddings, and a list of layers.
+    """
+    patches = ("patch_embedding", "patch_embeddings")
+    towers = [m for m in model.modules() if any(hasattr(getattr(m, "embeddings", None), p) for p in patches)]
+    if len(towers) != 1:
+        raise ValueError(f"{type(model).__name__}: {len(towers)} vision towers of transformers' in it, not 1")
+    lists = {name.rpartition(".")[2]: m for name, m in towers[0].named_modules() if type(m) is nn.ModuleList}
+    layers = lists.get("layers", lists.get("layer", []))
+    found = [[m for m in layer.modules() if targets(m)] for layer in layers]
+    if not found or any(len(of_layer) != 1 for of_layer in found):
+        raise ValueError(f"{type(towers[0]).__name__}: not a ViT with one attention in each layer")
+    return nn.ModuleDict({"blocks": nn.ModuleList(nn.ModuleDict({"attn": attn}) for (attn,) in found)})
+
+
 def attach(model: nn.Module, rank: int = 64, alpha: float = 1.0) -> nn.Module:
     """Put A and B beside the q and v of every attention layer, in place; the output does not change yet.
 
@@ -87,23 +122,18 @@ def attach(model: nn.Module, rank: int = 64, alpha: float = 1.0) -> nn.Module:
         raise ValueError("LoRA is attached already")
     if rank < 1:
         raise ValueError(f"the LoRA rank must be at least 1, got {rank}")
-    attentions = []
-    for attention in list(model.modules()):
-        qkv = getattr(attention, "qkv", None)
-        if isinstance(qkv, nn.Linear) and qkv.out_features == 3 * qkv.in_features:
-            attention.qkv = LoRALinear(qkv, rank, alpha, blocks=3, updated=(0, 2))
-            if hasattr(attention, "qkv_bias_separate"):
-                attention.qkv_bias_separate = True  # else timm's EvaAttention never calls qkv, only reads it
-            attentions.append(attention)
-        elif all(isinstance(getattr(attention, name, None), nn.Linear) for name in ("q_proj", "v_proj")):
-            attention.q_proj = LoRALinear(attention.q_proj, rank, alpha, blocks=1, updated=(0,))
-            attention.v_proj = LoRALinear(attention.v_proj, rank, alpha, blocks=1, updated=(0,))
-            attentions.append(attention)
-    if not attentions:
+    found = [(module, targets(module)) for module in model.modules() if targets(module)]
+    if not found:
         raise ValueError(
             f"{type(model).__name__}: no attention with a `qkv`, or `q_proj` and `v_proj`, Linear"
         )
-    _assert_used(attentions[0])
+    for attention, names in found:
+        fused = dict(blocks=3, updated=(0, 2)) if names == ("qkv",) else dict(blocks=1, updated=(0,))
+        for name in names:
+            setattr(attention, name, LoRALinear(getattr(attention, name), rank, alpha, **fused))
+        if hasattr(attention, "qkv_bias_separate"):
+            attention.qkv_bias_separate = True  # else timm's EvaAttention never calls qkv, only reads it
+    _assert_used(found[0][0])
     return model
 
 
@@ -117,8 +147,11 @@ def _assert_used(attention: nn.Module) -> None:
     called, hooks = set(), []
     for name, layer in found.items():
         hooks.append(layer.register_forward_hook(lambda *_, name=name: called.add(name)))
+    x, more = torch.zeros(1, 4, weight.shape[1], device=weight.device, dtype=weight.dtype), {}
+    if "position_embeddings" in inspect.signature(attention.forward).parameters:  # DINOv3's in transformers
+        more["position_embeddings"] = x.new_ones(4, 1), x.new_zeros(4, 1)  # cosines, sines
     try:
-        attention(torch.zeros(1, 4, weight.shape[1], device=weight.device, dtype=weight.dtype))
+        attention(x, **more)
     finally:
         for hook in hooks:
             hook.remove()
@@ -159,6 +192,7 @@ def read(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
 def load(model: nn.Module, path: str | Path, without: str | None = None) -> dict:
     """Fill A and B from a file, attaching them first if need be; returns the header.
 
+    One file is for a fused qkv and for separate q and v: its rows are q's, then v's.
     without: leave out what begins with this name, a block that the model does not have
     Raises ValueError listing what does not fit: rank, alpha, layers that the model or the file lacks, shapes.
     """
@@ -173,11 +207,26 @@ def load(model: nn.Module, path: str | Path, without: str | None = None) -> dict
         raise ValueError(f"{path} has (rank, alpha) {got}; this model has {have}")
     expected = parameters(model)
     state = {name: value for name, value in state.items() if not (without and name.startswith(without))}
+    state = as_in(expected, state)
     files.check(state, expected, f"{path} does not fit this model")
     with torch.no_grad():
         for name, parameter in expected.items():
             parameter.copy_(state[name])
     return header
+
+
+def as_in(expected: dict[str, Tensor], state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A file's A and B with q and v fused or separate as `expected` has them; what fits neither stays."""
+    state = dict(state)
+    for name in expected:
+        attention, layer, part = re.fullmatch(r"(.*?)(\w*)\.(\w+)", name).groups()
+        for q, v in TARGETS[1:]:
+            q, v, qkv = (f"{attention}{x}.{part}" for x in (q, v, "qkv"))
+            if name == q and qkv in state and state[qkv].ndim:
+                state[q], state[v] = state.pop(qkv).tensor_split(2)
+            elif layer == "qkv" and q in state and v in state and state[q].shape == state[v].shape != ():
+                state[name] = torch.cat([state.pop(q), state.pop(v)])
+    return state
 
 
 @torch.no_grad()

@@ -9,11 +9,13 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Blip2VisionConfig, Blip2VisionModel, CLIPVisionConfig, CLIPVisionModel
 
 import backbone as vit
+import files
 import lora
 
 vit.register_models()
@@ -374,3 +376,104 @@ def test_switched_off_is_the_frozen_model_and_merged_cannot_be_switched():
         assert torch.equal(lora.switch(model, on=True)(images), tuned)
     with pytest.raises(ValueError, match="unmerge it first"):
         lora.switch(lora.merge(model), on=False)
+
+
+# --- transformers' vision towers, and one file for fused and separate
+
+
+SIZE = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=16)
+MLP, REGISTERS = dict(intermediate_size=64), dict(num_register_tokens=4)
+TEXT = transformers.LlamaConfig(hidden_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=100)
+CLIP = transformers.CLIPVisionConfig(**SIZE, **MLP)
+THEIRS = {
+    "clip": lambda: CLIPVisionModel(CLIP),
+    "siglip": lambda: transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**SIZE, **MLP)),
+    "dinov2": lambda: transformers.Dinov2Model(transformers.Dinov2Config(**SIZE)),
+    "dinov2_registers": lambda: transformers.Dinov2WithRegistersModel(
+        transformers.Dinov2WithRegistersConfig(**SIZE, **REGISTERS)
+    ),
+    "dinov3": lambda: transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**SIZE, **MLP, **REGISTERS)),
+    "beit": lambda: transformers.BeitModel(transformers.BeitConfig(**SIZE, **MLP)),
+    "blip2": lambda: Blip2VisionModel(Blip2VisionConfig(**SIZE, **MLP)),
+    "in_llava": lambda: transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(vision_config=CLIP, text_config=TEXT, image_token_index=99)
+    ),
+}
+
+
+class Fused(nn.Module):
+    """The attention whose qkv has the rows of a tower's q, k and v (of zeros: q and v are compared alone)."""
+
+    def __init__(self, attention: nn.Module):
+        super().__init__()
+        names = lora.targets(attention)
+        self.qkv = nn.Linear(48, 144, bias=False)
+        if names != ("qkv",):
+            q, v = (getattr(attention, name).weight for name in names)
+            self.qkv.weight = nn.Parameter(torch.cat([q, torch.zeros_like(q), v]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.qkv(x)
+
+
+@pytest.mark.parametrize("make", THEIRS.values(), ids=THEIRS)
+def test_a_file_of_fused_qkv_fits_a_tower_of_transformers_and_back(make, tmp_path):
+    torch.manual_seed(0)
+    tower = lora.attentions(make())
+    fused = [Fused(block["attn"]) for block in tower["blocks"]]
+    fused = nn.ModuleDict({"blocks": nn.ModuleList(nn.ModuleDict({"attn": x}) for x in fused)})
+    randomize(lora.attach(fused, rank=4, alpha=2.0))
+    lora.save(fused, tmp_path / "fused.safetensors")
+    lora.load(tower, tmp_path / "fused.safetensors")
+    assert len(tower["blocks"]) == 2
+    for name, layer in lora.layers(fused).items():
+        attention = tower.get_submodule(name.removesuffix(".qkv"))
+        parts = [getattr(attention, x) for x in lora.targets(attention)]
+        ours = parts[0].delta() if len(parts) == 1 else torch.cat([x.delta() for x in parts])
+        theirs = layer.delta() if len(parts) == 1 else torch.cat(layer.delta().chunk(3)[::2])
+        torch.testing.assert_close(ours, theirs, atol=0, rtol=0)
+        x = torch.randn(3, 48)
+        if len(parts) == 2:
+            kept = [F.linear(x, p.weight) + F.linear(x, p.delta()) for p in parts]
+            q, _, v = layer(x).chunk(3, -1)
+            torch.testing.assert_close(torch.cat([q, v], -1), torch.cat(kept, -1), atol=1e-5, rtol=1e-5)
+    lora.save(tower, tmp_path / "separate.safetensors")
+    again = copy.deepcopy(fused)
+    randomize(again, std=1.0)
+    lora.load(again, tmp_path / "separate.safetensors")
+    for name, value in lora.parameters(fused).items():
+        assert torch.equal(lora.parameters(again)[name], value)
+
+
+def test_half_a_pair_or_another_width_of_separate_q_and_v_is_refused(tmp_path):
+    tower, path = lora.attach(lora.attentions(THEIRS["clip"]()), rank=4), tmp_path / "lora.safetensors"
+    wide = timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=2)
+    lora.save(lora.attach(wide, rank=4), path)
+    with pytest.raises(ValueError, match=r"blocks.0.attn.q_proj.lora_A is \(4, 192\), expected \(4, 48\)"):
+        lora.load(tower, path)
+    fused = timm.create_model("vit_tiny_patch16_224", num_classes=0, depth=2, embed_dim=48)
+    lora.save(lora.attach(fused, rank=4), path)
+    header, state = lora.read(path)
+
+    def refused(model: nn.Module, name: str, value: Tensor | None, what: str) -> None:
+        files.save({k: v for k, v in {**state, name: value}.items() if v is not None}, path, lora=header)
+        with pytest.raises(ValueError, match=what):
+            lora.load(model, path)
+
+    A = "blocks.0.attn.q_proj.lora_A"
+    missing = "2 tensors: missing blocks.1.attn.v_proj.lora_B; missing blocks.1.attn.q_proj.lora_B"
+    refused(tower, "blocks.1.attn.qkv.lora_B", None, missing)
+    refused(tower, "blocks.0.attn.qkv.lora_A", torch.zeros(8), rf"{A} is \(4,\), expected \(4, 48\)")
+    refused(tower, "blocks.0.attn.qkv.lora_A", torch.zeros(()), f"missing {A}.*unexpected .*qkv.lora_A")
+    lora.save(tower, path)
+    header, state = lora.read(path)
+    for value in (torch.zeros(3, 7), torch.zeros(()), None):
+        refused(fused, A, value, "missing blocks.0.attn.qkv.lora_A; unexpected .blocks.0.attn.")
+
+
+def test_a_model_with_no_tower_or_two_is_refused():
+    with pytest.raises(ValueError, match="0 vision towers"):
+        lora.attentions(transformers.LlamaModel(TEXT))
+    two = nn.ModuleList([THEIRS["clip"](), THEIRS["dinov2"]()])
+    with pytest.raises(ValueError, match="2 vision towers"):
+        lora.attentions(two)
