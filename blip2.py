@@ -52,9 +52,7 @@ class Blip2:
         theirs = getattr(transformers, architecture(retrieval))
         model_class = type(theirs.__name__, (theirs,), {"_keep_in_fp32_modules_strict": FP32})
         self.model, loading = model_class.from_pretrained(path, dtype=dtype, output_loading_info=True)
-        alien = [name for name in loading["unexpected_keys"] if "lora_" in name]
-        if wrong := [*loading["missing_keys"], *loading["mismatched_keys"], *alien]:
-            raise ValueError(f"--blip2 {path}: {len(wrong)} weights are missing or do not fit: {wrong[:3]}")
+        check_loading("--blip2", path, loading)
         self.model.to(device).eval().requires_grad_(False)
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         self.config, self.dtype, self.device = config, dtype, self.model.device
@@ -90,11 +88,7 @@ class Blip2:
     @torch.no_grad()
     def vision(self, images: Tensor) -> Tensor:
         """(B, 3, h, w) -> (B, N, D), all tokens, after BLIP-2's own LayerNorm. Raises FloatingPointError."""
-        f = self.model.vision_model(images.to(self.device, self.dtype)).last_hidden_state
-        if not f.isfinite().all():
-            why = "M's features are not finite"
-            raise FloatingPointError(f"{why}: try --backbone-dtype fp32, or another LoRA")
-        return f
+        return finite(self.model.vision_model(images.to(self.device, self.dtype)).last_hidden_state)
 
     def _see(self, f: Tensor) -> Tensor:
         """f (B, N, D) -> (B, Q, D_q): the Q-Former's queries, which have attended to f."""
@@ -247,19 +241,24 @@ def check(path: str, lora_file: str | None, kind: str) -> dict:
     return {"prompt": "Question: {} Short answer:", "beams": 5, **lengths}
 
 
+def open_config(option: str, path: str, example: str) -> transformers.PretrainedConfig:
+    """The config of any of transformers' models; option, example: for what is told. FileNotFoundError."""
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise FileNotFoundError(f"{option} {path}: no config.json in it")
+    if not Path(path).is_dir() and path.count("/") != 1:
+        raise FileNotFoundError(f"{option} {path}: neither a folder nor a name on the hub, such as {example}")
+    try:
+        return AutoConfig.from_pretrained(path)
+    except Exception as error:  # no such folder, no network, not JSON, a type that transformers does not know
+        why = f"neither a model's folder nor one on the hub that can be reached: {str(error).splitlines()[0]}"
+        raise FileNotFoundError(f"{option} {path}: {why}") from error
+
+
 def read_config(path: str, retrieval: bool) -> transformers.PretrainedConfig:
     """The model's config, before anything is loaded. Raises as Blip2 does."""
     wanted = architecture(retrieval)
     example = "Salesforce/blip2-itm-vit-g" if retrieval else "Salesforce/blip2-opt-2.7b"
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        raise FileNotFoundError(f"--blip2 {path}: no config.json in it")
-    if not Path(path).is_dir() and path.count("/") != 1:
-        raise FileNotFoundError(f"--blip2 {path}: neither a folder nor a name on the hub, such as {example}")
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except Exception as error:  # no such folder, no network, not JSON, a type that transformers does not know
-        why = f"neither a model's folder nor one on the hub that can be reached: {str(error).splitlines()[0]}"
-        raise FileNotFoundError(f"--blip2 {path}: {why}") from error
+    config = open_config("--blip2", path, example)
     name = (config.architectures or ["unknown"])[0]
     if config.model_type != "blip-2" or name != wanted:
         raise ValueError(f"--blip2 {path} is {name} ({config.model_type}), not {wanted} such as {example}")
@@ -284,6 +283,21 @@ def spare_block(path: str | Path, config: transformers.PretrainedConfig, spare: 
         tower = f"the tower of {config.model_type} has {depth} of {dim}"
         raise ValueError(f"{path} is of {len(blocks)} blocks of width {width}, {tower}")
     return f"blocks.{depth}." if len(blocks) > depth else None
+
+
+def check_loading(option: str, path: str, loading: dict) -> None:
+    """Raises ValueError if from_pretrained's report has weights that are missing, or LoRA."""
+    alien = [name for name in loading["unexpected_keys"] if "lora_" in name]
+    if wrong := [*loading["missing_keys"], *loading["mismatched_keys"], *alien]:
+        raise ValueError(f"{option} {path}: {len(wrong)} weights are missing or do not fit: {wrong[:3]}")
+
+
+def finite(f: Tensor) -> Tensor:
+    """M's features, if they are finite. Raises FloatingPointError."""
+    if not f.isfinite().all():
+        why = "M's features are not finite"
+        raise FloatingPointError(f"{why}: try --backbone-dtype fp32, or another LoRA")
+    return f
 
 
 def clean_caption(caption: str) -> str:
