@@ -45,7 +45,7 @@ class Vlm:
     """
 
     def __init__(self, path: str, dtype: torch.dtype, device: torch.device | str):
-        self.config, self.processor = read(path)
+        self.config, self.processor, self.image_tokens = read(path)
         load = AutoModelForImageTextToText.from_pretrained
         self.model, loading = load(path, dtype=dtype, output_loading_info=True)
         check_loading("--vlm", path, loading)
@@ -54,9 +54,12 @@ class Vlm:
         self.dtype, self.device = dtype, self.model.device
         self.files = [str(p) for p in sorted(Path(path).glob("*.safetensors"))]  # if it is a folder
         self.transform = partial(view, self.processor.image_processor)
-        self.image_tokens, self.has_prefix = self._find_image_tokens()
         version = f"{path} {getattr(self.config, '_commit_hash', None) or ''}".strip()
-        self.protocol = {"vlm": version, "chat template": self.chat("{}"), "views of an image": 1}
+        self.protocol = {
+            "vlm": version,
+            "chat": chat(self.config, self.processor, "{}"),
+            "views of an image": 1,
+        }
 
     # --- M and dW
 
@@ -108,49 +111,14 @@ class Vlm:
         """The template with each question in the place of its {}; notes: none, nothing is cut."""
         return [template.replace("{}", question) for question in questions], []
 
-    def chat(self, prompt: str) -> str:
-        """The prompt as the model has learned it: its chat template, or PaliGemma's own form."""
-        if self.kind == "paligemma":
-            return f"{self.processor.image_token}{self.tokenizer.bos_token}{prompt}\n"
-        return self.processor.apply_chat_template(turn(prompt), add_generation_prompt=True)
-
     def prompt_tokens(self, prompts: Sequence[str]) -> list[list[int]]:
         """The chat, with as many image tokens as M has for an image, and what the processor puts around."""
         found = []
         for prompt in prompts:
-            ids = self._tokenize(prompt)
+            ids = tokenize(self.config, self.processor, prompt)
             at = ids.index(self.config.image_token_id)
             found.append(ids[:at] + self.image_tokens + ids[at + 1 :])
         return found
-
-    def _tokenize(self, prompt: str) -> list[int]:
-        text, bos = self.chat(prompt), self.tokenizer.bos_token
-        return self.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos))).input_ids
-
-    def _find_image_tokens(self) -> tuple[list[int], bool]:
-        """What the processor puts in the place of the image token, and whether it marks a prefix.
-
-        Raises ValueError if the rest of a prompt is not as `chat` has it.
-        """
-        picture = Image.new("RGB", (64, 48))
-        if self.kind == "paligemma":
-            theirs = self.processor(text=f"{self.processor.image_token}Why?", images=picture)
-        else:
-            options = dict(add_generation_prompt=True, tokenize=True, return_dict=True)
-            theirs = self.processor.apply_chat_template(turn("Why?", picture), **options)
-        whole, ids = [int(i) for i in theirs["input_ids"][0]], self._tokenize("Why?")
-        at = ids.index(self.config.image_token_id) if ids.count(self.config.image_token_id) == 1 else 0
-        end = len(whole) - (len(ids) - at - 1)
-        if (
-            whole[:at] + ids[at : at + 1] + whole[end:] != ids
-            or self.config.image_token_id not in whole[at:end]
-        ):
-            raise ValueError(f"--vlm {self.config.name_or_path}: its processor makes other prompts of a chat")
-        if self.kind == "llava_next":  # one view, and a line break
-            vision = self.config.vision_config
-            tokens = (vision.image_size // vision.patch_size) ** 2 + 1
-            return [self.config.image_token_id] * tokens, False
-        return whole[at:end], "token_type_ids" in theirs
 
     @torch.no_grad()
     def generate(self, seen: Tensor, prompts: Sequence[str], settings: dict, batch: int = 16) -> list[str]:
@@ -167,7 +135,7 @@ class Vlm:
             f = seen[at : at + batch]  # what transformers' own would compute anew for each prompt
             f = BaseModelOutputWithPooling(pooler_output=f if self.kind == "paligemma" else [*f])
             given = dict(input_ids=ids, attention_mask=mask, mm_encoder_outputs={"image": f})
-            if self.has_prefix:  # of PaliGemma, whose prompt attends to all of itself
+            if self.kind == "paligemma":  # a prompt attends to all of itself
                 given["token_type_ids"] = torch.zeros_like(ids)
             out = self.model.generate(**given, generation_config=generation)
             texts += self.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
@@ -189,15 +157,18 @@ def check(path: str, lora_file: str | None, kind: str) -> dict:
 
     All of them decode greedily; LLaVA's scripts write at most 128 tokens.
     """
-    config, _ = read(path)
+    config, *_ = read(path)
     if lora_file:
         spare_block(lora_file, config, spare=0)
     prompt = PROMPTS[config.model_type][kind == "caption"]
     return {"prompt": prompt, "beams": 1, "min_new_tokens": 0, "max_new_tokens": 128, "length_penalty": 1.0}
 
 
-def read(path: str) -> tuple[transformers.PretrainedConfig, transformers.ProcessorMixin]:
-    """The model's config and processor, before anything else is loaded. Raises as Vlm does."""
+def read(path: str) -> tuple[transformers.PretrainedConfig, transformers.ProcessorMixin, list[int]]:
+    """The model's config and processor, and the tokens of an image, before anything else is loaded.
+
+    Raises as Vlm does.
+    """
     config = open_config("--vlm", path, "llava-hf/llava-1.5-7b-hf")
     if config.model_type not in PROMPTS:
         raise ValueError(f"--vlm {path} is {config.model_type}; supported are {', '.join(PROMPTS)}")
@@ -205,22 +176,67 @@ def read(path: str) -> tuple[transformers.PretrainedConfig, transformers.Process
         raise ValueError(f"--vlm {path}: its vision tower is {tower}; known are {', '.join(TOWERS)}")
     try:
         processor = AutoProcessor.from_pretrained(path)
-        images = processor.image_processor
-    except Exception as error:  # files that are not there, packages that it needs
-        why = str(error).strip().splitlines()[0]
-        raise ValueError(f"--vlm {path}: its processor cannot be read: {why}") from error
-    if config.model_type != "paligemma" and not processor.chat_template:
-        how = "put its authors' chat_template.jinja beside config.json"
-        raise ValueError(f"--vlm {path}: its processor has no chat template: {how}")
-    if hasattr(images, "do_image_splitting"):
-        images.do_image_splitting = False
-    views = [_views(images, Image.new("RGB", size)) for size in ((64, 64), (320, 64))]
+        if config.model_type != "paligemma" and not processor.chat_template:
+            raise ValueError("no chat template: put its authors' chat_template.jinja beside config.json")
+        if hasattr(processor.image_processor, "do_image_splitting"):
+            processor.image_processor.do_image_splitting = False
+        check_views(config, processor)
+        return config, processor, find_image_tokens(config, processor)
+    except Exception as error:  # files that are not there, packages that it needs, templates of others
+        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"--vlm {path}: its processor: {why}") from error
+
+
+def check_views(config: transformers.PretrainedConfig, processor: transformers.ProcessorMixin) -> None:
+    """Raises ValueError if images become tiles, which LLaVA-NeXT's alone may, or of unlike sizes."""
+    views = [_views(processor.image_processor, Image.new("RGB", size)) for size in ((64, 64), (320, 64))]
     if config.model_type != "llava_next" and max(map(len, views)) > 1:
-        raise ValueError(f"--vlm {path}: its processor cuts an image into tiles, here {len(views[1])}")
+        raise ValueError(f"it cuts an image into tiles, here {len(views[1])}")
     if views[0].shape[1:] != views[1].shape[1:]:
         shapes = " and ".join(str(tuple(v.shape[1:])) for v in views)
-        raise ValueError(f"--vlm {path}: its processor makes images of unlike sizes: {shapes}")
-    return config, processor
+        raise ValueError(f"it makes images of unlike sizes: {shapes}")
+
+
+def find_image_tokens(
+    config: transformers.PretrainedConfig, processor: transformers.ProcessorMixin
+) -> list[int]:
+    """What the processor puts in the place of the image token.
+
+    Raises ValueError if the rest of a prompt is not as `chat` has it.
+    """
+    picture, image_token = Image.new("RGB", (64, 48)), config.image_token_id
+    if config.model_type == "paligemma":
+        theirs = processor(text=f"{processor.image_token}Why?", images=picture)
+    else:
+        options = dict(add_generation_prompt=True, tokenize=True, return_dict=True)
+        theirs = processor.apply_chat_template(turn("Why?", picture), **options)
+    whole, ids = [int(i) for i in theirs["input_ids"][0]], tokenize(config, processor, "Why?")
+    at = ids.index(image_token) if ids.count(image_token) == 1 else 0
+    end = len(whole) - (len(ids) - at - 1)
+    if whole[:at] + ids[at : at + 1] + whole[end:] != ids or image_token not in whole[at:end]:
+        raise ValueError("it makes other prompts of a chat than its tokenizer alone")
+    if config.model_type == "llava_next":  # one view, and a line break
+        vision = config.vision_config
+        return [image_token] * ((vision.image_size // vision.patch_size) ** 2 + 1)
+    return whole[at:end]
+
+
+# --- prompts and images
+
+
+def chat(config: transformers.PretrainedConfig, processor: transformers.ProcessorMixin, prompt: str) -> str:
+    """The prompt as the model has learned it: in its chat template, or PaliGemma's own form."""
+    if config.model_type == "paligemma":
+        return f"{processor.image_token}{processor.tokenizer.bos_token}{prompt}\n"
+    return processor.apply_chat_template(turn(prompt), add_generation_prompt=True)
+
+
+def tokenize(
+    config: transformers.PretrainedConfig, processor: transformers.ProcessorMixin, prompt: str
+) -> list[int]:
+    """The chat's tokens, with one for the image."""
+    text, bos = chat(config, processor, prompt), processor.tokenizer.bos_token
+    return processor.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos))).input_ids
 
 
 def turn(prompt: str, picture: Image.Image | None = None) -> list[dict]:
