@@ -296,12 +296,10 @@ def load(name: str, weights: str, dtype=torch.float32, device="cpu", seed: int =
         return backbone.to(device=device, dtype=dtype)
 
     state = weight_files.read(weights)
-    state = weight_files.tower(state, weight_files.recognize(state) or "timm")
-    state = {k: v for k, v in state.items() if not k.startswith(("head.", "attn_pool."))}  # not of M
+    format = weight_files.recognize(state) or "timm"
     with torch.device("meta"):
         backbone = Backbone(name, use_cls)
-    vit = backbone.vit
-    files.check(state, vit.state_dict(), f"{weights} does not fit --model {name}")
+    state, vit = fitting(weight_files.tower(state, format), backbone, weights, format), backbone.vit
     vit.load_state_dict({k: v.to(device=device, dtype=dtype) for k, v in state.items()}, assign=True)
     for module in vit.modules():  # EVA's zero key bias, RoPE tables: not in the file, so still on meta
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
@@ -309,3 +307,15 @@ def load(name: str, weights: str, dtype=torch.float32, device="cpu", seed: int =
                 setattr(module, key, torch.empty_like(buffer, device=device))
             module.init_non_persistent_buffers()
     return backbone.to(device=device, dtype=dtype).requires_grad_(False)
+
+
+def fitting(
+    state: dict[str, Tensor], backbone: Backbone, weights: str | Path, format: str
+) -> dict[str, Tensor]:
+    """What M has of a tower. Raises ValueError if it is not this backbone's, by tensors or by its config."""
+    expected = backbone.vit.state_dict()
+    state = weight_files.body(state, expected)
+    files.check(state, expected, f"{weights} does not fit --model {backbone.name}")
+    if weight_files.TOWERS[format] is None:
+        weight_files.check_settings(weights, backbone.vit)
+    return state

@@ -4,6 +4,7 @@
     python convert.py import eva_g_detection_heads.ckpt out/release/detection.safetensors
     python convert.py import eva_vit_g.pth weights/eva_g.safetensors    # not needed: --weights reads it
     python convert.py export out/eva_g_visft.safetensors --to timm --lora LORA --weights BACKBONE
+    python convert.py export out/llava --to transformers --lora LORA --weights FOLDER
 
 What a file is follows from the names in it (import --from overrides). An export has the LoRA merged into the
 vision tower; whatever else it needs (CLIP's text tower, BLIP-2's language model) comes from --weights, and a
@@ -25,7 +26,7 @@ import files
 import lora
 import tasks
 import weights as weight_files
-from backbone import TIMM_NAMES, Backbone
+from backbone import TIMM_NAMES, Backbone, fitting
 from ranks import launch
 
 # Width and number of blocks -> --model
@@ -63,13 +64,16 @@ RELEASE = {
     "captioning": {r"caption_decoder\.": r""},
 }
 CLIPS = "open_clip", "eva_clip", "open_clip_vit"
-NEEDED = {"open_clip": CLIPS, "blip2": ("blip2", "blip2_vision")}  # others: any tower
-SUFFIX = {"timm": ".safetensors", "open_clip": ".safetensors", "eva_clip": ".pt", "blip2": "", "peft": ""}
+THEIRS = tuple(f for f, prefix in weight_files.TOWERS.items() if prefix is None)  # of transformers
+NEEDED = {"open_clip": CLIPS, "blip2": ("blip2",), "transformers": THEIRS}  # others: any tower
+SUFFIX = {"timm": ".safetensors", "open_clip": ".safetensors", "eva_clip": ".pt"}  # others: a folder
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 USE = {  # what the model card says about loading
     "timm": 'timm.create_model("{timm}", num_classes=0, {more}checkpoint_path="{dst}")',
     "open_clip": 'open_clip.create_model_and_transforms(NAME, pretrained="{dst}")  # NAME of --weights',
     "eva_clip": 'eva_clip.create_model_and_transforms(NAME, "{dst}", force_custom_clip=True)',
-    "blip2": 'transformers.Blip2ForConditionalGeneration.from_pretrained("{dst}")',
+    "transformers": 'transformers.{architecture}.from_pretrained("{dst}")',
+    "blip2": 'transformers.{architecture}.from_pretrained("{dst}")',
     # timm's EVA reads qkv's weight without calling qkv, so PEFT's update would be without effect
     "peft": 'peft.PeftModel.from_pretrained(model, "{dst}")  # timm: first, attn.qkv_bias_separate = True',
 }
@@ -89,7 +93,7 @@ def main() -> None:
     sub = p.add_subparsers(dest="action", required=True)
     model = "which ViT it is (default: found from its width and depth)"
     add = sub.add_parser("import", help="others' backbone, LoRA or head -> ours").add_argument
-    add("src", metavar="SRC", help="a file, or a BLIP-2 folder of transformers")
+    add("src", metavar="SRC", help="a file, or a folder of transformers")
     add("dst", metavar="DST", help="the .safetensors to write")
     kinds = [*weight_files.TOWERS, "lora", *RELEASE]
     add("--from", dest="kind", choices=kinds, help="what SRC is (default: by its names)")
@@ -97,8 +101,9 @@ def main() -> None:
     add("--words", metavar="FILE", help="captioning: the release's WORDMAP_*.json (default: <1>, <2>, ...)")
     add = sub.add_parser("export", help="backbone + LoRA -> the files of others").add_argument
     add("dst", metavar="DST", help="what to write: .safetensors (timm, open_clip), .pt (eva_clip), a folder")
-    add("--weights", required=True, help="a backbone; the whole CLIP or BLIP-2 where that is the target")
-    add("--to", required=True, choices=SUFFIX, help="who should be able to load it")
+    add("--weights", required=True, help="a backbone; the whole CLIP, BLIP-2, ... where that is the target")
+    add("--to", required=True, choices=USE, help="who should be able to load it")
+    add("--dtype", choices=DTYPES, help="transformers: type of the merged weights (default: fp32)")
     add("--model", help=model)
     add("--lora", default="none", metavar="FILE|none", help="our LoRA file, merged (peft: written alone)")
     add("--results", nargs="+", default=[], metavar="JSON", help="result.json files for the model card")
@@ -134,9 +139,9 @@ def import_(args: argparse.Namespace) -> None:
         told = import_head(state, kind, args)
     else:
         weights = weight_files.tower(state, kind)
-        name = fits(weights, src, args.model)
+        name, _ = fits(weights, src, args.model, kind)
         write(dst, weights)
-        rest = sum(not weight_files.timm_name(k, kind) for k in state)
+        rest = len(state) - len(weight_files.timm_names(state, kind))
         told = [f"backbone {name}; left out: {rest} tensors outside of the vision tower"]
     print(f"{dst}: {src}, read as {kind}", *told, sep="\n  ")
 
@@ -256,46 +261,62 @@ def released_features(name: str) -> dict:
 
 def export(args: argparse.Namespace) -> None:
     """Check all, then write DST and its model card."""
-    dst, suffix = Path(args.dst), SUFFIX[args.to]
+    dst, base, suffix = Path(args.dst), Path(args.weights), SUFFIX.get(args.to)
     if suffix and (dst.suffix != suffix or dst.is_dir()):
         raise ValueError(f"{dst}: --to {args.to} writes a {suffix} file")
     if not suffix and (dst.is_file() or (dst.is_dir() and any(dst.iterdir()))):
         raise ValueError(f"{dst} is there already: --to {args.to} writes a new folder")
     if args.to == "peft" and args.lora == "none":
         raise ValueError("--to peft writes the LoRA alone: pass --lora FILE")
+    folder = args.to in ("blip2", "transformers")
+    if args.dtype and not folder:
+        raise ValueError(f"--dtype goes with --to transformers; --to {args.to} writes what is merged in fp32")
     for file in args.results:
         if not Path(file).is_file():
             raise FileNotFoundError(f"--results {file}: no such file")
-    state = weight_files.read(args.weights)
+    state = weight_files.read(base)
     source, needed = weight_files.recognize(state), NEEDED.get(args.to, weight_files.TOWERS)
     whole = any(k.startswith(("text.", "token_embedding.")) for k in state)
     if source not in needed or (args.to == "open_clip" and not whole):
         needed = " or ".join(needed)
-        raise ValueError(f"{args.weights} is {source or 'no ViT'}: --to {args.to} needs a whole {needed}")
-    if args.to == "blip2" and not Path(args.weights).is_dir():
-        raise ValueError(f"{args.weights}: --to blip2 needs the folder that save_pretrained wrote")
+        raise ValueError(f"{base} is {source or 'no ViT'}: --to {args.to} needs a whole {needed}")
+    if folder and not (base / "config.json").is_file():
+        raise ValueError(f"{base}: --to {args.to} needs the folder that save_pretrained wrote")
+    if args.to == "peft" and source in THEIRS and source != "blip2":
+        why = "transformers' modules have other names than its files, which PEFT goes by"
+        raise ValueError(f"{base} is {source}: {why}: --to transformers")
     if args.to in ("peft", "eva_clip") and source == "open_clip_vit":
         why = {"peft": "has no layer for q and v that PEFT could tune", "eva_clip": "is not EVA-CLIP's"}
-        raise ValueError(f"{args.weights}: open_clip's own ViT {why[args.to]}: --to open_clip, or timm")
-    tower, header, updates, told = weight_files.tower(state, source), {}, {}, []
-    if args.to in ("blip2", "peft") and not args.model:  # any size: only the LoRA has to fit
-        name = f"the vision tower of {Path(args.weights).name}"
+        raise ValueError(f"{base}: open_clip's own ViT {why[args.to]}: --to open_clip, or timm")
+    names = {ours: theirs for theirs, ours in weight_files.timm_names(state, source).items()}
+    header, updates, told = {}, {}, []
+    if (folder or args.to == "peft") and not args.model:  # any size: only the LoRA has to fit
+        tower = weight_files.renamed(state, source)
+        name = f"the vision tower of {base.name}"
     else:
-        name = fits(tower, args.weights, args.model)
+        tower = weight_files.tower(state, source)
+        name, body = fits(tower, base, args.model, source)
+        if folder or args.to == "peft":
+            tower = weight_files.renamed(state, source)
+        elif args.to == "timm" and (behind := [k for k in tower if k not in body]):
+            told = [f"left out: {', '.join(behind[:4])}, {len(behind)} in all, which are not M's"]
+            tower = body
     if args.lora != "none":
-        header, updates, told = read_lora(args.lora, tower, source, args.weights)
-
-    if args.to == "timm" and (head := [k for k in tower if k.startswith("head.")]):
-        told.append(f"left out: {' and '.join(head)}, CLIP's projection, which is not M's")
-        tower = {k: v for k, v in tower.items() if k not in head}
-    use = how_to_use(args, name)
+        header, updates, dropped = read_lora(args.lora, tower, source, args.weights)
+        told += dropped
+    if folder:
+        config = weight_files.read_config(base)
+        told += unread(config, len({k.split(".")[1] for k in updates})) if updates else []
+        dtype = DTYPES[args.dtype or "fp32"]
+        if updates and dtype != torch.float32:
+            lost = 100 * lost_share(tower, updates, dtype)
+            told.append(f"{lost:.1f}% of the update lost in the rounding to {args.dtype}")
+    use = how_to_use(args, name, tower)
     text = card(args, name, header, told, use)
     if args.to == "peft":
-        write_peft(dst, updates, header, source, args.weights, text)
-    elif args.to == "blip2":
-        write_blip2(
-            dst, Path(args.weights), {weight_files.file_name(k, source): u for k, u in updates.items()}, text
-        )
+        write_peft(dst, updates, header, names, args.weights, text)
+    elif folder:
+        write_folder(dst, base, {names[k]: update for k, update in updates.items()}, dtype, text)
     else:
         out, target = {k: merge(v, updates.get(k)) for k, v in tower.items()}, args.to
         if target == "open_clip" and source == "open_clip_vit":  # its own names, and its shapes
@@ -303,31 +324,42 @@ def export(args: argparse.Namespace) -> None:
             out |= {"cls_token": out["cls_token"].flatten(), "pos_embed": out["pos_embed"][0]}
         out = {weight_files.file_name(k, target): v.contiguous() for k, v in out.items()}
         if args.to != "timm" and source in CLIPS:
-            out |= {k: v for k, v in state.items() if weight_files.timm_name(k, source) is None}
+            rest = state.keys() - names.values()
+            out |= {k: v for k, v in state.items() if k in rest}
         write(dst, out)
         dst.with_suffix(".md").write_text(text)
     print(f"{dst}: {args.weights} ({source}) + {args.lora}", *told, use, sep="\n  ")
 
 
-def how_to_use(args: argparse.Namespace, name: str) -> str:
+def how_to_use(args: argparse.Namespace, name: str, tower: dict[str, Tensor]) -> str:
     """The line that loads DST."""
-    timm, more = "eva_g" if name == "eva_g_blip2" else name, ""
-    if name not in MODELS.values():  # others may average the patches, under another name of the norm
-        more += 'global_pool="token", '
-    more += "depth=39, " * (name == "eva_g_blip2")
-    return USE[args.to].format(dst=args.dst, timm=TIMM_NAMES.get(timm, timm).split(".")[0], more=more)
+    import timm as library
+
+    timm, more = "eva_g" if name == "eva_g_blip2" else name, "depth=39, " * (name == "eva_g_blip2")
+    if args.to == "timm" and not more:
+        with torch.device(
+            "meta"
+        ):  # some average the patches, under another name of the norm, or attend to them
+            default = library.create_model(TIMM_NAMES.get(name, name), num_classes=0).state_dict()
+        more = "" if default.keys() == tower.keys() else 'global_pool="", '
+    config, architecture = Path(args.weights) / "config.json", "AutoModel"
+    if args.to in ("blip2", "transformers"):
+        architecture = (json.loads(config.read_text()).get("architectures") or [architecture])[0]
+    timm = TIMM_NAMES.get(timm, timm).split(".")[0]
+    return USE[args.to].format(dst=args.dst, timm=timm, more=more, architecture=architecture)
 
 
 def read_lora(path: str, tower: dict[str, Tensor], source: str, weights: str) -> tuple[dict, dict, list[str]]:
     """Its header; {name of a weight: LoRALinear}; what was left out. Raises ValueError if it does not fit."""
     (header, state), told = lora.read(path), []
-    ends = tuple(f".{target}.weight" for target in header["targets"])
+    ends = tuple(f"attn.{target}.weight" for names in lora.TARGETS for target in names)
     layers = [k.removesuffix(".weight") for k in tower if k.endswith(ends)]
-    if source in ("lavis", "blip2", "blip2_vision"):
+    if source in ("lavis", *THEIRS):
         depth = len({layer.split(".")[1] for layer in layers})
         dropped = [k for k in state if k.startswith(f"blocks.{depth}.")]
         state = {k: v for k, v in state.items() if k not in dropped}
-        told = [f"left out: {k}, of a block that BLIP-2 does not have" for k in dropped]
+        owner = "BLIP-2" if source in ("lavis", "blip2") else weights
+        told = [f"left out: {k}, of a block that {owner} does not have" for k in dropped]
     updates = {}
     for layer in layers:
         rows, columns = tower[f"{layer}.weight"].shape
@@ -336,6 +368,7 @@ def read_lora(path: str, tower: dict[str, Tensor], source: str, weights: str) ->
         updates[layer] = lora.LoRALinear(linear, header["rank"], header["alpha"], blocks, updated)
     parts = [(layer, part) for layer in layers for part in ("lora_A", "lora_B")]
     expected = {f"{layer}.{part}": getattr(updates[layer], part) for layer, part in parts}
+    state = lora.as_in(expected, state)
     files.check(state, expected, f"{path}, tuned on {header.get('backbone', '?')}, does not fit {weights}")
     for layer, part in parts:
         setattr(updates[layer], part, nn.Parameter(state[f"{layer}.{part}"], requires_grad=False))
@@ -347,14 +380,41 @@ def merge(weight: Tensor, update: lora.LoRALinear | None) -> Tensor:
     return weight if update is None else weight.float() + update.delta()
 
 
-def write_blip2(dst: Path, base: Path, updates: dict[str, lora.LoRALinear], text: str) -> None:
-    """A copy of the folder with the LoRA merged into its vision tower, one file at a time."""
+def lost_share(tower: dict[str, Tensor], updates: dict[str, lora.LoRALinear], dtype: torch.dtype) -> float:
+    """The part of the update that rounding W + dW takes: 1 less the projection of what arrives on dW."""
+    arrived = whole = 0.0
+    for name, update in updates.items():
+        W, dW = tower[name], update.delta()
+        change = merge(W, update).to(dtype).double() - W.to(dtype).double()
+        arrived, whole = arrived + (change * dW).sum().item(), whole + dW.double().square().sum().item()
+    return 1 - arrived / whole if whole else 0.0
+
+
+def unread(config, depth: int) -> list[str]:
+    """What should be known of a model that reads its tower before the last block, as LLaVA does."""
+    layer = getattr(config, "vision_feature_layer", None)
+    if layer is None:
+        return []
+    at = [depth + 1 + i if i < 0 else i for i in (layer if isinstance(layer, list | tuple) else [layer])]
+    blocks = [f"blocks.{i}" for i in range(max(at), depth)]
+    why = f"it reads the tower at layer {layer}, before the final norm"
+    return [f"without effect there: dW of {', '.join(blocks)}: {why}"] if blocks else []
+
+
+def write_folder(
+    dst: Path, base: Path, updates: dict[str, lora.LoRALinear], dtype: torch.dtype, text: str
+) -> None:
+    """A copy of transformers' folder with the LoRA merged into its vision tower, one file at a time.
+
+    updates: by the name of the weight in the files; what is merged is stored as dtype, which config.json says
+    """
     left_out = shutil.ignore_patterns("*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", ".*")
     shards, total = sorted(base.glob("*.safetensors")), 0
     with files.replacing(dst, 2 * sum(file.stat().st_size for file in shards)) as part:
         shutil.copytree(base, part, ignore=left_out)
         for file in shards:
             out = {k: merge(v, updates.get(k)) for k, v in load_file(file).items()}
+            out = {k: v.to(dtype) if k in updates else v for k, v in out.items()}
             total += size(out)
             save_file(out, part / file.name, metadata={"format": "pt"})
         index = part / "model.safetensors.index.json"
@@ -363,25 +423,26 @@ def write_blip2(dst: Path, base: Path, updates: dict[str, lora.LoRALinear], text
             content["metadata"] = {**content.get("metadata", {}), "total_size": total}
             index.write_text(json.dumps(content, indent=2))
         if updates:
-            config = json.loads((part / "config.json").read_text())
-            (part / "config.json").write_text(json.dumps({**in_fp32(config), "dtype": "float32"}, indent=2))
+            config, kind = json.loads((part / "config.json").read_text()), str(dtype)[6:]
+            text_of_config = json.dumps({**in_dtype(config, kind), "dtype": kind}, indent=2)
+            (part / "config.json").write_text(text_of_config)
         (part / "README.md").write_text(text)
 
 
-def in_fp32(config: dict) -> dict:
-    """A config of transformers', or one within it, for which it loads fp32 and does not round dW away."""
-    content = {k: in_fp32(v) if isinstance(v, dict) else v for k, v in config.items()}
-    return {k: "float32" if k in ("dtype", "torch_dtype") else v for k, v in content.items()}
+def in_dtype(config: dict, dtype: str) -> dict:
+    """A config of transformers', or one within it, for which it loads `dtype`: 16 bit rounds dW away."""
+    content = {k: in_dtype(v, dtype) if isinstance(v, dict) else v for k, v in config.items()}
+    return {k: dtype if k in ("dtype", "torch_dtype") else v for k, v in content.items()}
 
 
-def write_peft(dst: Path, updates: dict, header: dict, source: str, weights: str, text: str) -> None:
+def write_peft(dst: Path, updates: dict, header: dict, names: dict, weights: str, text: str) -> None:
     """The LoRA alone. PEFT has one product for all rows of a Linear, so a fused qkv gets rank 2 r, not r:
 
     [[B_q, 0], [0, 0], [0, B_v]] [A_q; A_v] is the same update, with zeros in the rows of k.
     """
     state, targets, factor = {}, [], 1
     for name, update in updates.items():
-        target, B = weight_files.file_name(name.removesuffix(".weight"), source), update.lora_B
+        target, B = names[name].removesuffix(".weight"), update.lora_B
         if update.blocks == 3:
             (q, v), zeros, factor = B.chunk(2), torch.zeros(len(B) // 2, B.shape[1]), 2
             B = torch.cat([torch.cat([q, zeros, zeros]), torch.cat([zeros, zeros, v])], 1)  # (3 D, 2 r)
@@ -423,16 +484,14 @@ def card(args: argparse.Namespace, name: str, header: dict, told: list[str], use
 # --- both
 
 
-def fits(tower: dict[str, Tensor], src: str | Path, given: str | None) -> str:
-    """The --model that the tower is. Raises ValueError if it is none, or not the one given."""
+def fits(tower: dict[str, Tensor], src: str | Path, given: str | None, format: str) -> tuple[str, dict]:
+    """The --model that the tower is, and what M has of it. Raises ValueError if it is none or not `given`."""
     blocks = {k.split(".")[1] for k in tower if k.startswith("blocks.")}
     dim = tower["patch_embed.proj.weight"].shape[0] if "patch_embed.proj.weight" in tower else 0
     name = given or model_name(dim, len(blocks), src, None)
     with torch.device("meta"):
-        expected = Backbone(name).vit.state_dict()
-    body = {k: v for k, v in tower.items() if not k.startswith("head.")}
-    files.check(body, expected, f"{src} does not fit --model {name}")
-    return name
+        backbone = Backbone(name)
+    return name, fitting(tower, backbone, src, format)
 
 
 def model_name(dim: int, depth: int, src: str | Path, given: str | None) -> str:
