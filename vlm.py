@@ -26,6 +26,7 @@ from transformers.models.llava.modeling_llava import LlavaModel
 
 import lora
 from blip2 import check_loading, finite, open_config, spare_block
+from files import shown
 
 CAPTION = "Provide a one-sentence caption for the provided image."
 LLAVA = "{}\nAnswer the question using a single word or phrase.", CAPTION
@@ -46,6 +47,9 @@ class Vlm:
 
     def __init__(self, path: str, dtype: torch.dtype, device: torch.device | str):
         self.config, self.processor, self.image_tokens = read(path)
+        if (dtype, self.config.dtype) == (torch.float16, torch.bfloat16):
+            why = "its weights are bf16, whose range fp16 has not"
+            raise ValueError(f"--vlm {path}: {why}: pass --backbone-dtype bf16")
         load = AutoModelForImageTextToText.from_pretrained
         self.model, loading = load(path, dtype=dtype, output_loading_info=True)
         check_loading("--vlm", path, loading)
@@ -108,7 +112,13 @@ class Vlm:
     # --- the language model behind M
 
     def prompts(self, template: str, questions: Sequence[str]) -> tuple[list[str], list[str]]:
-        """The template with each question in the place of its {}; notes: none, nothing is cut."""
+        """The template with each question in the place of its {}; notes: none, nothing is cut.
+
+        Raises ValueError for a question with the image token in it.
+        """
+        token = self.processor.image_token
+        if other := [question for question in (template, *questions) if token in question]:
+            raise ValueError(f"{shown(other[0])} has {token} in it, which stands for the image")
         return [template.replace("{}", question) for question in questions], []
 
     def prompt_tokens(self, prompts: Sequence[str]) -> list[list[int]]:

@@ -136,6 +136,22 @@ def test_lora_in_the_whole_model_is_lora_in_its_tower(folders, pictures, kind, t
     assert answers != model.generate(see(model, pictures), PROMPTS, GREEDY)
 
 
+@pytest.mark.parametrize("kind", ["llava", "idefics3"])
+def test_the_exported_model_answers_as_the_tuned_one(folders, pictures, kind, tmp_path, run):
+    """convert.py's folder, whose processor is copied, opened as any other."""
+    path = lora_file(tmp_path / "lora.safetensors", tiny_vlm.BLOCKS, tiny_vlm.WIDTH)
+    words = ["--to", "transformers", "--weights", folders[kind], "--lora", path]
+    code, _, err = run("convert", "export", tmp_path / "out", *words)
+    assert code == 0, err
+    model = vlm.Vlm(str(folders[kind]), torch.float32, "cpu")
+    set_M, _ = model.attach(path)
+    set_M("after")
+    exported = vlm.Vlm(str(tmp_path / "out"), torch.float32, "cpu")
+    tuned, seen = see(model, pictures), see(exported, pictures)
+    torch.testing.assert_close(seen, tuned, rtol=1e-3, atol=1e-3 * float(tuned.abs().max()))
+    assert exported.generate(seen, PROMPTS, GREEDY) == model.generate(tuned, PROMPTS, GREEDY)
+
+
 def test_dw_of_a_block_that_is_not_read_changes_nothing(folders, pictures, tmp_path):
     model = vlm.Vlm(str(folders["llava"]), torch.float32, "cpu")
     plain = see(model, pictures)
@@ -228,6 +244,17 @@ def test_prompts_that_are_not_the_processors_are_refused(folders, pictures, tmp_
     path = changed(folders["llava"], tmp_path, "processor_config.json", fewer)
     with pytest.raises(ValueError, match="M gives 16 tokens for 4 places in a prompt"):
         see(vlm.Vlm(path, torch.float32, "cpu"), pictures)
+
+
+def test_questions_with_the_image_token_are_refused(models):
+    with pytest.raises(ValueError, match="'what is <image>' has <image> in it, which stands for the image"):
+        models["llava"].prompts("{}", ["why", "what is <image>"])
+
+
+def test_fp16_is_not_for_weights_of_bf16(folders, models, tmp_path):
+    path = changed(folders["llava"], tmp_path, "config.json", lambda c: c.update(dtype="bfloat16"))
+    with pytest.raises(ValueError, match="whose range fp16 has not: pass --backbone-dtype bf16"):
+        vlm.Vlm(path, torch.float16, "cpu")
 
 
 def test_missing_weights_are_refused(folders, models, tmp_path):
