@@ -11,6 +11,7 @@ from PIL import Image
 
 import lora
 import vlm
+from data import vqa
 from tests import tiny_vlm
 from tests.test_blip2 import lora_file
 from tests.test_vqa import answers_of, write_set
@@ -304,6 +305,12 @@ def test_m_runs_once_for_an_image_and_variant(folders, tmp_path, run, monkeypatc
     assert sum(seen) == 2 * 5 and len(seen) == 2 * 3  # batches of 2 images
     before, after = (answers_of(tmp_path / "out", variant) for variant in ("before", "after"))
     assert before != after and len({row["answer"] for row in before}) > 3
+    model = vlm.Vlm(str(folders["llava"]), torch.float32, "cpu")  # each question alone, on its own image
+    for q, row in zip(vqa.read("vqav2", options[3], options[5]), before, strict=True):
+        picture = Image.open(tmp_path / "set/images" / q.image)
+        asked = [f"{q.text}\nAnswer the question using a single word or phrase."]
+        assert q.id == row["question_id"]
+        assert model.generate(see(model, [picture]), asked, GREEDY | {"max_new_tokens": 5}) == [row["answer"]]
     result = json.loads((tmp_path / "out/result.json").read_text())
     protocol = result["protocol"]
     assert protocol["prompt"] == FOLLOWING["prompt"] and protocol["vlm"] == str(folders["llava"])
