@@ -138,7 +138,11 @@ def read(path: str | Path) -> dict[str, Tensor]:
             if file.suffix == ".safetensors":
                 state.update(load_file(file))
             else:  # mmap: only torch's own zip files can be mapped, older ones are read
-                state = torch.load(file, "cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+                zipped = zipfile.is_zipfile(file)
+                if zipped and any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(file).namelist()):
+                    why = "a TorchScript archive, as OpenAI's own CLIP files are, holds code"
+                    raise ValueError(f"{file}: {why}: take open_clip's `openai` weights, the same as tensors")
+                state = torch.load(file, "cpu", weights_only=True, mmap=zipped)
         except pickle.UnpicklingError as error:
             needs = re.search(r"GLOBAL ([\w.]+\.\w+)", str(error))
             why = f"to run {needs[1]}" if needs else "more than tensors"

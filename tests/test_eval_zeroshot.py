@@ -204,6 +204,18 @@ def test_classification_is_open_clips_before_and_after(model, pictures, base, ru
     assert told["sets"]["colours"]["templates"] == TEMPLATES and "Resize" in told["protocol"]["image"][0]
 
 
+def recalls(S: np.ndarray, owner: np.ndarray) -> dict[str, float]:
+    """Counted. S: (images, captions) cosines; owner: each caption's image"""
+    expected = {}
+    for K in (1, 5, 10):
+        top = np.argsort(-S, 1)[:, :K]  # captions
+        expected[f"TR@{K}"] = 100 * np.mean([i in owner[top[i]] for i in range(len(S))])
+    for K in (1, 5, 10):
+        top = np.argsort(-S, 0)[:K]  # images
+        expected[f"IR@{K}"] = 100 * np.mean([owner[t] in top[:, t] for t in range(len(owner))])
+    return expected
+
+
 def test_retrieval_is_a_brute_force_count(model, pictures, base, run, tmp_path):
     """16 images with 5, 6 or 7 captions: recall of the ranks by open_clip alone."""
     options = [
@@ -222,14 +234,7 @@ def test_retrieval_is_a_brute_force_count(model, pictures, base, run, tmp_path):
     texts = [[caption] for item in listed for caption in item["caption"]]
     for variant in ("before", "after"):
         S = reference(model, images, texts, tuned=variant == "after").numpy()  # (16, 92)
-        expected = {}
-        for K in (1, 5, 10):
-            top = np.argsort(-S, 1)[:, :K]  # captions
-            expected[f"TR@{K}"] = 100 * np.mean([i in owner[top[i]] for i in range(16)])
-        for K in (1, 5, 10):
-            top = np.argsort(-S, 0)[:K]  # images
-            expected[f"IR@{K}"] = 100 * np.mean([owner[t] in top[:, t] for t in range(92)])
-        assert scores(tmp_path, variant) == pytest.approx(expected, abs=1e-9)
+        assert scores(tmp_path, variant) == pytest.approx(recalls(S, owner), abs=1e-9)
     assert {row["metric"]: row["n"] for row in result(tmp_path)["rows"]}["IR@5"] == 92
     assert scores(tmp_path, "before") != scores(tmp_path, "after")
 
@@ -300,7 +305,7 @@ def eval_zeroshot_main(options: list, monkeypatch) -> None:
 
 @pytest.mark.parametrize("tower", ["model", "own_vit"])
 def test_real_samples_run_with_random_weights(tower, request, run, tmp_path):
-    """CIFAR-10's images at chance, as open_clip's own count says; COCO's with all their captions."""
+    """CIFAR-10's images at chance, COCO's with all their captions: as a count with open_clip alone says."""
     if not (SHARED / "classification").is_dir():
         pytest.skip("needs ../shared/data/classification, which is not here")
     model = request.getfixturevalue(tower)
@@ -327,6 +332,16 @@ def test_real_samples_run_with_random_weights(tower, request, run, tmp_path):
     )
     assert code == 0, err
     assert result(tmp_path / "r")["rows"][0]["n"] == 12 and "coco: 12 images, 60 captions" in out
+    listed = json.loads((SHARED / "retrieval/dataset_coco_mini.json").read_text())["images"]
+    listed = [item for item in listed if item["split"] == "test"][:12]
+    images = [next((SHARED / "coco").rglob(item["filename"].rpartition("_")[2])) for item in listed]
+    texts = [[sentence["raw"]] for item in listed for sentence in item["sentences"]]
+    owner = np.repeat(np.arange(12), [len(item["sentences"]) for item in listed])
+    counted = []
+    for variant in ("before", "after"):
+        counted.append(reference(model, images, texts, tuned=variant == "after").numpy())  # (12, 60)
+        assert scores(tmp_path / "r", variant) == pytest.approx(recalls(counted[-1], owner), abs=1e-9)
+    assert not np.array_equal(*(S.argsort(1) for S in counted))
 
 
 @pytest.mark.parametrize("quick_gelu", [False, True])

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import open_clip
@@ -509,6 +510,16 @@ def test_a_folder_that_is_no_such_tower_is_refused(how, wholes, run, tmp_path):
         vit.load(row.model, str(folder))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+def test_a_torchscript_archive_is_refused_by_name(made, run, tmp_path):
+    row = next(row for row in TOWERS if row.zero_shot)
+    visual = opened(row, made(row)[0]).visual
+    torch.jit.save(torch.jit.trace(visual, row.images()), tmp_path / "ViT-L-14-336px.pt")
+    options = ("--model", row.model, "--weights", tmp_path / "ViT-L-14-336px.pt", "--to", "timm")
+    code, _, err = run("convert", "export", tmp_path / "out.safetensors", *options)
+    assert code == 2 and "px.pt: a TorchScript archive, as OpenAI's own CLIP files are, holds code" in err
+
+
 def test_naflex_is_refused_by_name(tmp_path):
     config = transformers.Siglip2VisionConfig(**towers.THEIRS, **towers.MLP, num_patches=16)
     transformers.Siglip2VisionModel(config).save_pretrained(tmp_path)
@@ -554,3 +565,17 @@ def test_exports_that_cannot_be(made, run, tmp_path):
         code, _, err = run("convert", "export", dst, "--weights", weights, *options)
         assert code == 2 and re.search(said, err), err
     assert not any(tmp_path.iterdir())
+
+
+def test_readmes_table_is_what_these_tests_are_run_with():
+    _, inside, _ = towers.block(towers.README.read_text())
+    assert inside == towers.table(), "run python -m tests.towers --write"
+    assert len(inside.splitlines()) <= 20
+
+
+def test_a_row_that_differs_is_written_again(tmp_path, monkeypatch):
+    (tmp_path / "README.md").write_text(towers.README.read_text().replace("| DINOv3 |", "| DINOv4 |"))
+    monkeypatch.setattr(towers, "README", tmp_path / "README.md")
+    monkeypatch.setattr(sys, "argv", ["towers.py", "--write"])
+    towers.main()
+    assert "| DINOv3 |" in (tmp_path / "README.md").read_text()

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import backbone as vit
 
+vit.register_models()  # eva_g_blip2
 SIDE, WIDTH = 4, 48  # patches of a side, at its own size; features of a token
 README = Path(__file__).resolve().parents[1] / "README.md"
 BEGIN, END = "<!-- python -m tests.towers --write -->\n", "<!-- end -->\n"
@@ -183,7 +184,7 @@ TOWERS = [
         FOLDER, at(14),
     ),
     Tower(
-        "BLIP-2", "eva_giant_patch14_clip_224", "transformers", blip2, ("blip2", *HF, "peft"), FOLDER, at(14)
+        "BLIP-2", "eva_g_blip2", "transformers", blip2, ("blip2", *HF, "peft"), FOLDER, at(14)
     ),
     Tower("DINOv2", "vit_base_patch14_dinov2", "transformers", dinov2(), HF, FOLDER, at(14)),
     Tower(
@@ -254,9 +255,13 @@ def block(readme: str) -> tuple[str, str, str]:
     return before + BEGIN, inside, END + after
 
 
-if __name__ == "__main__":
+def main() -> None:
     if "--write" in sys.argv:
         before, _, after = block(README.read_text())
         README.write_text(before + table() + after)
     else:
         print(table(), end="")
+
+
+if __name__ == "__main__":
+    main()
