@@ -5,7 +5,6 @@ generate(seen, prompts, settings). check() of their modules knows their authors'
 """
 
 import argparse
-import importlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -72,7 +71,11 @@ def check_generation_options(
 
 def _module(args: argparse.Namespace):
     """blip2 or vlm. They import transformers: seconds that --help need not wait."""
-    return importlib.import_module("blip2" if args.blip2 else "vlm")
+    if args.blip2:
+        import blip2 as module
+    else:
+        import vlm as module
+    return module
 
 
 def open_model(args: argparse.Namespace, ranks: Ranks):

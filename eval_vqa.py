@@ -171,9 +171,9 @@ def report(args, sets: dict, said: dict[str, dict], lemmas, protocol: dict, note
             n = None if np.ndim(score) else len(questions)
             rows.append(evaluation.result_row(name, metric, of_variants, n))
     print(*notes, sep="\n")
-    main = [next(row for row in rows if row["set"] == name) for name in sets]
-    title = f"{main[0]['metric']}, %" if args.kind in ("textvqa", "pope") else "Table 7, %"
-    print(evaluation.table([title, *sets], [[v, *(row[v] for row in main)] for v in said]) + "\n")
+    first = [next(row for row in rows if row["set"] == name) for name in sets]
+    title = f"{first[0]['metric']}, %" if args.kind in ("textvqa", "pope") else "Table 7, %"
+    print(evaluation.table([title, *sets], [[v, *(row[v] for row in first)] for v in said]) + "\n")
     print(evaluation.rows_table(rows))
     protocol = {
         **protocol,

@@ -20,7 +20,7 @@ import transformers
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, ProcessorMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaModel
 
@@ -59,11 +59,7 @@ class Vlm:
         self.files = [str(p) for p in sorted(Path(path).glob("*.safetensors"))]  # if it is a folder
         self.transform = partial(view, self.processor.image_processor)
         version = f"{path} {getattr(self.config, '_commit_hash', None) or ''}".strip()
-        self.protocol = {
-            "vlm": version,
-            "chat": chat(self.config, self.processor, "{}"),
-            "views of an image": 1,
-        }
+        self.protocol = {"vlm": version, "chat": chat(self.processor, "{}"), "views of an image": 1}
 
     # --- M and dW
 
@@ -125,7 +121,7 @@ class Vlm:
         """The chat, with as many image tokens as M has for an image, and what the processor puts around."""
         found = []
         for prompt in prompts:
-            ids = tokenize(self.config, self.processor, prompt)
+            ids = tokenize(self.processor, prompt)
             at = ids.index(self.config.image_token_id)
             found.append(ids[:at] + self.image_tokens + ids[at + 1 :])
         return found
@@ -174,7 +170,7 @@ def check(path: str, lora_file: str | None, kind: str) -> dict:
     return {"prompt": prompt, "beams": 1, "min_new_tokens": 0, "max_new_tokens": 128, "length_penalty": 1.0}
 
 
-def read(path: str) -> tuple[transformers.PretrainedConfig, transformers.ProcessorMixin, list[int]]:
+def read(path: str) -> tuple[transformers.PretrainedConfig, ProcessorMixin, list[int]]:
     """The model's config and processor, and the tokens of an image, before anything else is loaded.
 
     Raises as Vlm does.
@@ -197,7 +193,7 @@ def read(path: str) -> tuple[transformers.PretrainedConfig, transformers.Process
         raise ValueError(f"--vlm {path}: its processor: {why}") from error
 
 
-def check_views(config: transformers.PretrainedConfig, processor: transformers.ProcessorMixin) -> None:
+def check_views(config: transformers.PretrainedConfig, processor: ProcessorMixin) -> None:
     """Raises ValueError if images become tiles, which LLaVA-NeXT's alone may, or of unlike sizes."""
     views = [_views(processor.image_processor, Image.new("RGB", size)) for size in ((64, 64), (320, 64))]
     if config.model_type != "llava_next" and max(map(len, views)) > 1:
@@ -207,9 +203,7 @@ def check_views(config: transformers.PretrainedConfig, processor: transformers.P
         raise ValueError(f"it makes images of unlike sizes: {shapes}")
 
 
-def find_image_tokens(
-    config: transformers.PretrainedConfig, processor: transformers.ProcessorMixin
-) -> list[int]:
+def find_image_tokens(config: transformers.PretrainedConfig, processor: ProcessorMixin) -> list[int]:
     """What the processor puts in the place of the image token.
 
     Raises ValueError if the rest of a prompt is not as `chat` has it.
@@ -220,7 +214,7 @@ def find_image_tokens(
     else:
         options = dict(add_generation_prompt=True, tokenize=True, return_dict=True)
         theirs = processor.apply_chat_template(turn("Why?", picture), **options)
-    whole, ids = [int(i) for i in theirs["input_ids"][0]], tokenize(config, processor, "Why?")
+    whole, ids = [int(i) for i in theirs["input_ids"][0]], tokenize(processor, "Why?")
     at = ids.index(image_token) if ids.count(image_token) == 1 else 0
     end = len(whole) - (len(ids) - at - 1)
     if whole[:at] + ids[at : at + 1] + whole[end:] != ids or image_token not in whole[at:end]:
@@ -234,18 +228,16 @@ def find_image_tokens(
 # --- prompts and images
 
 
-def chat(config: transformers.PretrainedConfig, processor: transformers.ProcessorMixin, prompt: str) -> str:
+def chat(processor: ProcessorMixin, prompt: str) -> str:
     """The prompt as the model has learned it: in its chat template, or PaliGemma's own form."""
-    if config.model_type == "paligemma":
+    if isinstance(processor, transformers.PaliGemmaProcessor):
         return f"{processor.image_token}{processor.tokenizer.bos_token}{prompt}\n"
     return processor.apply_chat_template(turn(prompt), add_generation_prompt=True)
 
 
-def tokenize(
-    config: transformers.PretrainedConfig, processor: transformers.ProcessorMixin, prompt: str
-) -> list[int]:
+def tokenize(processor: ProcessorMixin, prompt: str) -> list[int]:
     """The chat's tokens, with one for the image."""
-    text, bos = chat(config, processor, prompt), processor.tokenizer.bos_token
+    text, bos = chat(processor, prompt), processor.tokenizer.bos_token
     return processor.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos))).input_ids
 
 

@@ -24,7 +24,7 @@ RULES = {  # what each module imports of ours, at most; those of a folder that a
     "feature_cache": ("backbone", "ranks", "files", "data.stream"),
     "clip": ("lora", "files", "backbone", "ranks", "weights"),
     "blip2": ("lora", "files", "backbone", "ranks", "weights"),
-    "vlm": ("lora", "files", "backbone", "ranks", "weights", "blip2"),
+    "vlm": ("lora", "files", "blip2"),
     "answers": ("ranks", "blip2", "vlm"),
 }
 
