@@ -233,7 +233,7 @@ def test_prompts_that_are_not_the_processors_are_refused(folders, pictures, tmp_
     two = tiny_vlm.template("USER: <image><image>\n{text} ASSISTANT:")
     copy = shutil.copytree(folders["llava"], tmp_path / "two")
     (copy / "chat_template.jinja").write_text(two)
-    with pytest.raises(ValueError, match="its processor: The total number of <image> tokens"):
+    with pytest.raises(ValueError, match="two: its processor: "):
         vlm.read(str(copy))
     (copy / "chat_template.jinja").write_text(tiny_vlm.template("USER: {text} ASSISTANT:"))
     with pytest.raises(ValueError, match="two: its processor: "):

@@ -23,12 +23,10 @@ def template(chat: str) -> str:
     return TEMPLATE.replace("@", chat.replace("\n", "\\n"))
 
 
-def write(
-    path: str | Path, kind: str = "llava", seed: int = 0, width: int = 64, layers: int = 2, **tower
-) -> Path:
+def write(path: str | Path, kind: str = "llava", seed: int = 1, width: int = 64, layers: int = 2) -> Path:
     """A model folder. kind: llava, llava_next, paligemma, idefics3 or smolvlm.
 
-    width, layers: of the language model; tower: changes of its config
+    width, layers: of the language model
     """
     extra = ["<fake_token_around_image>", "<global-img>", "<end_of_utterance>", "<|im_start|>"]
     names = dict(bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
@@ -44,11 +42,9 @@ def write(
     )
     text |= dict(pad_token_id=1, eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id)
     vision = dict(hidden_size=WIDTH, num_hidden_layers=BLOCKS, num_attention_heads=4, intermediate_size=64)
-    vision |= dict(image_size=SIDE, patch_size=14) | tower
-    crop = dict(
-        size={"shortest_edge": vision["image_size"]},
-        crop_size=dict.fromkeys(("height", "width"), vision["image_size"]),
-    )
+    side, patch = (16, 4) if kind == "smolvlm" else (SIDE, 14)  # transformers 5.20: as many tokens as pixels
+    vision |= dict(image_size=side, patch_size=patch)
+    crop = dict(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
     if kind in ("llava", "llava_next"):
         vision = hf.CLIPVisionConfig(**vision)
         config_class = hf.LlavaConfig if kind == "llava" else hf.LlavaNextConfig
@@ -81,7 +77,8 @@ def write(
             vision_config=classes[0](**vision).to_dict(), text_config=hf.LlamaConfig(**text).to_dict(),
             scale_factor=2, image_token_id=image_token, pad_token_id=1,
         )  # fmt: skip
-        images = hf.Idefics3ImageProcessor(size={"longest_edge": 112}, max_image_size={"longest_edge": SIDE})
+        sizes = dict(size={"longest_edge": 2 * side}, max_image_size={"longest_edge": side})
+        images = hf.Idefics3ImageProcessor(**sizes)
         chat = template(CHATS["idefics3"])
         processor = hf.Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=chat)
     torch.manual_seed(seed)
