@@ -492,6 +492,36 @@ def test_bad_pope_is_refused(tmp_path, run):
     assert code == 2 and "of POPE's three settings, each once" in err
 
 
+def test_spoiled_pope_is_read_or_refused(tmp_path):
+    """Fields and bytes at random: what is read is as the lines say, else one line tells what is amiss."""
+    write_pope(tmp_path / "set")
+    path, rng, refused = tmp_path / "set/coco_pope_random.json", np.random.default_rng(0), 0
+    good, odd = path.read_bytes(), [None, 7, 1.5, True, "", "yes", "maybe", [], {}, "\ud83d", 10**400]
+    for _ in range(300):
+        lines, at = good.decode().splitlines(), int(rng.integers(6))
+        if rng.random() < 0.7:
+            line = json.loads(lines[at])
+            key = str(rng.choice(list(line)))
+            line[key] = odd[rng.integers(len(odd))]
+            if rng.random() < 0.3:
+                del line[key]
+            lines[at] = json.dumps(line)
+            path.write_text("\n".join(lines))
+        else:
+            cut = int(rng.integers(len(good)))
+            path.write_bytes(good[:cut] + [b"", b"\xff", b"\n", b"[]\n"][rng.integers(4)] + good[cut + 1 :])
+        try:
+            found = vqa.read("pope", path, None)
+        except ValueError as error:
+            assert str(path) in str(error) and "\n" not in str(error), error
+            refused += 1
+        else:
+            rows = [json.loads(line) for line in path.read_bytes().splitlines() if line.strip()]
+            told = [(f"random/{row['question_id']}".replace("\ud83d", "?"), (row["label"],)) for row in rows]
+            assert [(q.id, q.answers) for q in found] == told
+    assert 100 < refused < 300
+
+
 # --- bad input
 
 
