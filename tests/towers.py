@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import backbone as vit
 
 vit.register_models()  # eva_g_blip2
+transformers.utils.logging.disable_progress_bar()
 SIDE, WIDTH = 4, 48  # patches of a side, at its own size; features of a token
 README = Path(__file__).resolve().parents[1] / "README.md"
 BEGIN, END = "<!-- python -m tests.towers --write -->\n", "<!-- end -->\n"
