@@ -155,7 +155,7 @@ def report(args, E: list[Item], captions: dict[str, dict], protocol: dict, notes
             notes.append(f"{path}: the captions")
     notes = list(dict.fromkeys(notes))
     cider = [row for row in rows if row["metric"].startswith("cider")]
-    columns = ["Table 8, CIDEr", *(row["set"] for row in cider)]
+    columns = ["CIDEr" if args.vlm else "Table 8, CIDEr", *(row["set"] for row in cider)]
     table = evaluation.table(columns, [[variant, *(row[variant] for row in cider)] for variant in captions])
     print(*notes, table, "", evaluation.rows_table(rows), sep="\n")
     paths = [args.captions, args.lora, *(args.results or ()), *weights]

@@ -172,7 +172,7 @@ def report(args, sets: dict, said: dict[str, dict], lemmas, protocol: dict, note
             rows.append(evaluation.result_row(name, metric, of_variants, n))
     print(*notes, sep="\n")
     first = [next(row for row in rows if row["set"] == name) for name in sets]
-    title = f"{first[0]['metric']}, %" if args.kind in ("textvqa", "pope") else "Table 7, %"
+    title = f"{first[0]['metric']}, %" if args.vlm or args.kind in ("textvqa", "pope") else "Table 7, %"
     print(evaluation.table([title, *sets], [[v, *(row[v] for row in first)] for v in said]) + "\n")
     print(evaluation.rows_table(rows))
     protocol = {
