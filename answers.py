@@ -1,4 +1,8 @@
-"""What the evaluations that have a language model write share: options, and answers kept as they come."""
+"""What the evaluations that have a language model write share: options, and answers kept as they come.
+
+The models, blip2.Blip2 and vlm.Vlm, are asked alike: attach(LoRA), see(images), prompts(template, questions),
+generate(seen, prompts, settings). check() of their modules knows their authors' prompts and decoding.
+"""
 
 import argparse
 import json
@@ -12,32 +16,48 @@ from ranks import Ranks, gather
 # --- generation
 
 
-def add_generation_options(p: argparse.ArgumentParser, least: int, most: int, length_penalty: str) -> None:
-    """--blip2 and how its language model writes; least, most: tokens; length_penalty: the option's help"""
-    add = p.add_argument_group("generation").add_argument
-    blip2 = "transformers' BLIP-2 with OPT or T5: a folder, or a name on the hub"
-    add("--blip2", metavar="DIR|NAME", help=blip2)
-    add("--beams", type=int, default=5, help="of the beam search (LAVIS: 5; 1 = greedy)")
-    add("--max-new-tokens", type=int, default=most, help="of an answer, at most")
-    add("--min-new-tokens", type=int, default=least, help="of an answer, at least")
-    add("--length-penalty", type=float, help=length_penalty)
+def add_generation_options(p: argparse.ArgumentParser, prompt: str) -> None:
+    """The model, its prompt and how it writes; prompt: that option's help."""
+    group = p.add_argument_group("generation (defaults: the model authors', as PAPER.md has them)")
+    add, which = group.add_argument, group.add_mutually_exclusive_group()
+    opt = "transformers' BLIP-2 with OPT or T5: a folder, or a name on the hub"
+    which.add_argument("--blip2", metavar="DIR|NAME", help=opt)
+    llavas = "or another of transformers': LLaVA, LLaVA-NeXT, PaliGemma, Idefics3, SmolVLM"
+    which.add_argument("--vlm", metavar="DIR|NAME", help=llavas)
+    add("--prompt", help=prompt)
+    add("--beams", type=int, help="of the beam search, 1 = greedy (BLIP-2: 5; others: 1)")
+    add("--max-new-tokens", type=int, help="of an answer, at most")
+    add("--min-new-tokens", type=int, help="of an answer, at least")
+    add("--length-penalty", type=float, help="of beams, 0 = off")
     repetition = "1 = off (LAVIS since 2023-12: 1.15 in captions)"
     add("--repetition-penalty", type=float, default=1.0, help=repetition)
     add("--resume", action="store_true", help="go on with the answers in --out")
     add("--results", nargs="+", metavar="FILE", help="score these instead of asking a model: [before] after")
 
 
-def check_generation_options(args: argparse.Namespace, variants: list[str]) -> list[str]:
-    """Refuse what cannot work; returns the variants, which with --results are the files'."""
+def check_generation_options(
+    args: argparse.Namespace, variants: list[str], kind: str, sets: int = 1
+) -> list[str]:
+    """Refuse what cannot work; returns the variants, which with --results are the files'.
+
+    Leaves the model authors' prompt and decoding in args, where the user gave none.
+    kind: of the questions, or `caption`; sets: of how many sets there is a results file each
+    """
     if args.results:
-        for option in ("blip2", "images", "lora", "limit", "resume"):
+        for option in ("blip2", "vlm", "images", "lora", "limit", "resume"):
             if getattr(args, option):
                 raise ValueError(f"--results scores answers that are there: --{option} has no part in it")
-        if len(args.results) > 2:
-            raise ValueError(f"--results takes one file, or two to compare, got {len(args.results)}")
-        return ["after"] if len(args.results) == 1 else ["before", "after"]
-    if not args.blip2 or not args.images:
-        raise ValueError("--blip2 and --images are needed, or --results to score answers that are there")
+        if (many := len(args.results)) not in (sets, 2 * sets):
+            each = "one file, or two to compare" if sets == 1 else f"{sets} files, or {2 * sets} to compare"
+            raise ValueError(f"--results takes {each}, got {many}")
+        return ["after"] if many == sets else ["before", "after"]
+    if not (args.blip2 or args.vlm) or not args.images:
+        raise ValueError(
+            "--blip2 or --vlm, and --images are needed, or --results to score answers that are there"
+        )
+    for name, value in _module(args).check(args.blip2 or args.vlm, args.lora, kind).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     limits = {"beams": 1, "min_new_tokens": 0, "max_new_tokens": max(1, args.min_new_tokens)}
     for name, least in limits.items():
         if (value := getattr(args, name)) < least:
@@ -46,21 +66,30 @@ def check_generation_options(args: argparse.Namespace, variants: list[str]) -> l
         raise ValueError(f"--repetition-penalty must be positive, got {args.repetition_penalty}")
     if not Path(args.images).is_dir():
         raise FileNotFoundError(f"--images {args.images}: no such folder")
-    from blip2 import read_config, spare_block  # transformers: seconds that --help need not wait
-
-    config = read_config(args.blip2, retrieval=False)
-    if args.lora:
-        spare_block(args.lora, config)
     return variants
 
 
-def generation_settings(args: argparse.Namespace, length_penalty: float) -> dict:
-    """transformers' names; length_penalty: if the option does not say"""
+def _module(args: argparse.Namespace):
+    """blip2 or vlm. They import transformers: seconds that --help need not wait."""
+    if args.blip2:
+        import blip2 as module
+    else:
+        import vlm as module
+    return module
+
+
+def open_model(args: argparse.Namespace, ranks: Ranks):
+    """The model of --blip2 or --vlm on this rank's device."""
+    module = _module(args)
+    model_class = module.Blip2 if args.blip2 else module.Vlm
+    return model_class(args.blip2 or args.vlm, ranks.dtype, ranks.device)
+
+
+def generation_settings(args: argparse.Namespace) -> dict:
+    """The options under transformers' names."""
     names = ("max_new_tokens", "min_new_tokens", "repetition_penalty")
     settings = {"num_beams": args.beams, **{name: getattr(args, name) for name in names}}
-    if args.beams > 1:
-        settings["length_penalty"] = length_penalty if args.length_penalty is None else args.length_penalty
-    return settings
+    return settings | ({"length_penalty": args.length_penalty} if args.beams > 1 else {})
 
 
 class Answers:

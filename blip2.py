@@ -2,8 +2,9 @@
 
     blip = Blip2("Salesforce/blip2-opt-2.7b", torch.bfloat16, "cuda")   # or a local folder; OPT or T5 inside
     set_M, notes = blip.attach("lora.safetensors")      # set_M("after"): M with dW; "before": as it was
-    f = blip.vision(images)                     # (B, N, D), M's tokens
-    texts = blip.generate(blip.queries(f), ["Question: what is this? Short answer:"] * B, GENERATION)
+    seen = blip.see(images)                     # (B, Q, D_lm): M's tokens, as the language model sees them
+    prompts, notes = blip.prompts("Question: {} Short answer:", ["What is this?"] * B)
+    texts = blip.generate(seen, prompts, GENERATION)
 
     blip = Blip2("Salesforce/blip2-itm-vit-g", ..., retrieval=True)     # its first stage: ITC and ITM
 
@@ -34,6 +35,7 @@ LANGUAGE_MODELS = ("opt", "t5")  # those of the released BLIP-2s
 QUESTION_TOKENS, CAPTION_TOKENS = 32, 35  # of LAVIS's models: max_txt_len; retrieval
 RERANKED, OUT = 128, -100.0  # k_test of LAVIS's retrieval, and the score of what it does not re-rank
 WORDS = 50  # of a question or caption, at most: LAVIS's text processors
+LENGTH_PENALTY = {"opt": 0.0, "t5": -1.0}  # of answers: the defaults of LAVIS's predict_answers
 
 
 class Blip2:
@@ -50,14 +52,13 @@ class Blip2:
         theirs = getattr(transformers, architecture(retrieval))
         model_class = type(theirs.__name__, (theirs,), {"_keep_in_fp32_modules_strict": FP32})
         self.model, loading = model_class.from_pretrained(path, dtype=dtype, output_loading_info=True)
-        alien = [name for name in loading["unexpected_keys"] if "lora_" in name]
-        if wrong := [*loading["missing_keys"], *loading["mismatched_keys"], *alien]:
-            raise ValueError(f"--blip2 {path}: {len(wrong)} weights are missing or do not fit: {wrong[:3]}")
+        check_loading("--blip2", path, loading)
         self.model.to(device).eval().requires_grad_(False)
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         self.config, self.dtype, self.device = config, dtype, self.model.device
         self.files = [str(p) for p in sorted(Path(path).glob("*.safetensors"))]  # if it is a folder
         self.version = f"{path} {getattr(config, '_commit_hash', None) or ''}".strip()
+        self.protocol = {"blip2": self.version, "prompt tokens at most": QUESTION_TOKENS}
         self.is_opt = not retrieval and config.text_config.model_type == "opt"
         side = config.vision_config.image_size
         squash = transforms.Resize((side, side), transforms.InterpolationMode.BICUBIC)
@@ -87,11 +88,7 @@ class Blip2:
     @torch.no_grad()
     def vision(self, images: Tensor) -> Tensor:
         """(B, 3, h, w) -> (B, N, D), all tokens, after BLIP-2's own LayerNorm. Raises FloatingPointError."""
-        f = self.model.vision_model(images.to(self.device, self.dtype)).last_hidden_state
-        if not f.isfinite().all():
-            why = "M's features are not finite"
-            raise FloatingPointError(f"{why}: try --backbone-dtype fp32, or another LoRA")
-        return f
+        return finite(self.model.vision_model(images.to(self.device, self.dtype)).last_hidden_state)
 
     def _see(self, f: Tensor) -> Tensor:
         """f (B, N, D) -> (B, Q, D_q): the Q-Former's queries, which have attended to f."""
@@ -99,6 +96,10 @@ class Blip2:
         return self.model.qformer(query_embeds=queries, encoder_hidden_states=f).last_hidden_state
 
     # --- a language model behind M
+
+    def see(self, images: Tensor) -> Tensor:
+        """(B, 3, h, w) -> (B, Q, D_lm): what the language model sees of the images, by M as it is set."""
+        return self.queries(self.vision(images))
 
     @torch.no_grad()
     def queries(self, f: Tensor) -> Tensor:
@@ -113,10 +114,12 @@ class Blip2:
             return [[config.bos_token_id, *t[: QUESTION_TOKENS - 1]] for t in ids]
         return [[*t[: QUESTION_TOKENS - 1], config.eos_token_id] for t in ids]
 
-    def count_cut(self, prompts: Sequence[str]) -> int:
-        """How many prompts are longer than QUESTION_TOKENS."""
-        ids = self.tokenizer(list(prompts), add_special_tokens=False).input_ids
-        return sum(len(t) >= QUESTION_TOKENS for t in ids)
+    def prompts(self, template: str, questions: Sequence[str]) -> tuple[list[str], list[str]]:
+        """The template with each question in the place of its {}, as LAVIS cleans it; notes."""
+        prompts = [template.replace("{}", clean_question(question)) for question in questions]
+        ids = self.tokenizer(prompts, add_special_tokens=False).input_ids
+        cut = sum(len(t) >= QUESTION_TOKENS for t in ids)
+        return prompts, [f"{cut} prompts were cut to {QUESTION_TOKENS} tokens"] * bool(cut)
 
     @torch.no_grad()
     def generate(self, queries: Tensor, prompts: Sequence[str], settings: dict, batch: int = 16) -> list[str]:
@@ -225,19 +228,37 @@ def architecture(retrieval: bool) -> str:
     return "Blip2ForImageTextRetrieval" if retrieval else "Blip2ForConditionalGeneration"
 
 
+def check(path: str, lora_file: str | None, kind: str) -> dict:
+    """Refuse what cannot work; returns LAVIS's prompt and decoding for questions, or kind `caption`."""
+    config = read_config(path, retrieval=False)
+    if lora_file:
+        spare_block(lora_file, config)
+    if kind == "caption":  # of COCO; it has none for NoCaps with OPT. No prompt before finetuning
+        lengths = dict(min_new_tokens=8, max_new_tokens=30, length_penalty=1.0)
+        return {"prompt": "a photo of", "beams": 5, **lengths}
+    penalty = LENGTH_PENALTY[config.text_config.model_type]
+    lengths = dict(min_new_tokens=1, max_new_tokens=10, length_penalty=penalty)
+    return {"prompt": "Question: {} Short answer:", "beams": 5, **lengths}
+
+
+def open_config(option: str, path: str, example: str) -> transformers.PretrainedConfig:
+    """The config of any of transformers' models; option, example: for what is told. FileNotFoundError."""
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise FileNotFoundError(f"{option} {path}: no config.json in it")
+    if not Path(path).is_dir() and path.count("/") != 1:
+        raise FileNotFoundError(f"{option} {path}: neither a folder nor a name on the hub, such as {example}")
+    try:
+        return AutoConfig.from_pretrained(path)
+    except Exception as error:  # no such folder, no network, not JSON, a type that transformers does not know
+        why = f"neither a model's folder nor one on the hub that can be reached: {str(error).splitlines()[0]}"
+        raise FileNotFoundError(f"{option} {path}: {why}") from error
+
+
 def read_config(path: str, retrieval: bool) -> transformers.PretrainedConfig:
     """The model's config, before anything is loaded. Raises as Blip2 does."""
     wanted = architecture(retrieval)
     example = "Salesforce/blip2-itm-vit-g" if retrieval else "Salesforce/blip2-opt-2.7b"
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        raise FileNotFoundError(f"--blip2 {path}: no config.json in it")
-    if not Path(path).is_dir() and path.count("/") != 1:
-        raise FileNotFoundError(f"--blip2 {path}: neither a folder nor a name on the hub, such as {example}")
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except Exception as error:  # no such folder, no network, not JSON, a type that transformers does not know
-        why = f"neither a model's folder nor one on the hub that can be reached: {str(error).splitlines()[0]}"
-        raise FileNotFoundError(f"--blip2 {path}: {why}") from error
+    config = open_config("--blip2", path, example)
     name = (config.architectures or ["unknown"])[0]
     if config.model_type != "blip-2" or name != wanted:
         raise ValueError(f"--blip2 {path} is {name} ({config.model_type}), not {wanted} such as {example}")
@@ -247,18 +268,36 @@ def read_config(path: str, retrieval: bool) -> transformers.PretrainedConfig:
     return config
 
 
-def spare_block(path: str | Path, config: transformers.PretrainedConfig) -> str | None:
-    """The name of a LoRA file's last block if BLIP-2 has one less. Raises ValueError if they do not fit."""
+def spare_block(path: str | Path, config: transformers.PretrainedConfig, spare: int = 1) -> str | None:
+    """The name of a LoRA file's last block if BLIP-2 has one less. Raises ValueError if they do not fit.
+
+    spare: how many blocks more than the model's tower the file may have
+    """
     lora.read_header(path)
     with safe_open(path, "pt") as file:
         widths = {name: file.get_slice(name).get_shape()[-1] for name in file.keys() if "lora_A" in name}
     blocks = {int(n) for name in widths for n in re.findall(r"^blocks\.(\d+)\.", name)}
     width = max(widths.values(), default=0)
-    depth, dim = config.vision_config.num_hidden_layers, config.vision_config.hidden_size  # BLIP-2's M
-    if blocks != set(range(len(blocks))) or len(blocks) - depth not in (0, 1) or width != dim:
-        tower = f"BLIP-2's tower has {depth} of {dim}"
+    depth, dim = config.vision_config.num_hidden_layers, config.vision_config.hidden_size  # the model's M
+    if blocks != set(range(len(blocks))) or not 0 <= len(blocks) - depth <= spare or width != dim:
+        tower = f"the tower of {config.model_type} has {depth} of {dim}"
         raise ValueError(f"{path} is of {len(blocks)} blocks of width {width}, {tower}")
     return f"blocks.{depth}." if len(blocks) > depth else None
+
+
+def check_loading(option: str, path: str, loading: dict) -> None:
+    """Raises ValueError if from_pretrained's report has weights that are missing, or LoRA."""
+    alien = [name for name in loading["unexpected_keys"] if "lora_" in name]
+    if wrong := [*loading["missing_keys"], *loading["mismatched_keys"], *alien]:
+        raise ValueError(f"{option} {path}: {len(wrong)} weights are missing or do not fit: {wrong[:3]}")
+
+
+def finite(f: Tensor) -> Tensor:
+    """M's features, if they are finite. Raises FloatingPointError."""
+    if not f.isfinite().all():
+        why = "M's features are not finite"
+        raise FloatingPointError(f"{why}: try --backbone-dtype fp32, or another LoRA")
+    return f
 
 
 def clean_caption(caption: str) -> str:

@@ -261,33 +261,11 @@ def released_features(name: str) -> dict:
 
 def export(args: argparse.Namespace) -> None:
     """Check all, then write DST and its model card."""
-    dst, base, suffix = Path(args.dst), Path(args.weights), SUFFIX.get(args.to)
-    if suffix and (dst.suffix != suffix or dst.is_dir()):
-        raise ValueError(f"{dst}: --to {args.to} writes a {suffix} file")
-    if not suffix and (dst.is_file() or (dst.is_dir() and any(dst.iterdir()))):
-        raise ValueError(f"{dst} is there already: --to {args.to} writes a new folder")
-    if args.to == "peft" and args.lora == "none":
-        raise ValueError("--to peft writes the LoRA alone: pass --lora FILE")
-    folder = args.to in ("blip2", "transformers")
-    if args.dtype and not folder:
-        raise ValueError(f"--dtype goes with --to transformers; --to {args.to} writes what is merged in fp32")
-    for file in args.results:
-        if not Path(file).is_file():
-            raise FileNotFoundError(f"--results {file}: no such file")
+    refuse_target(args)
+    dst, base, folder = Path(args.dst), Path(args.weights), args.to in ("blip2", "transformers")
     state = weight_files.read(base)
-    source, needed = weight_files.recognize(state), NEEDED.get(args.to, weight_files.TOWERS)
-    whole = any(k.startswith(("text.", "token_embedding.")) for k in state)
-    if source not in needed or (args.to == "open_clip" and not whole):
-        needed = " or ".join(needed)
-        raise ValueError(f"{base} is {source or 'no ViT'}: --to {args.to} needs a whole {needed}")
-    if folder and not (base / "config.json").is_file():
-        raise ValueError(f"{base}: --to {args.to} needs the folder that save_pretrained wrote")
-    if args.to == "peft" and source in THEIRS and source != "blip2":
-        why = "transformers' modules have other names than its files, which PEFT goes by"
-        raise ValueError(f"{base} is {source}: {why}: --to transformers")
-    if args.to in ("peft", "eva_clip") and source == "open_clip_vit":
-        why = {"peft": "has no layer for q and v that PEFT could tune", "eva_clip": "is not EVA-CLIP's"}
-        raise ValueError(f"{base}: open_clip's own ViT {why[args.to]}: --to open_clip, or timm")
+    source = weight_files.recognize(state)
+    refuse_source(args, state, source)
     names = {ours: theirs for theirs, ours in weight_files.timm_names(state, source).items()}
     header, updates, told = {}, {}, []
     if (folder or args.to == "peft") and not args.model:  # any size: only the LoRA has to fit
@@ -329,6 +307,39 @@ def export(args: argparse.Namespace) -> None:
         write(dst, out)
         dst.with_suffix(".md").write_text(text)
     print(f"{dst}: {args.weights} ({source}) + {args.lora}", *told, use, sep="\n  ")
+
+
+def refuse_target(args: argparse.Namespace) -> None:
+    """Raises ValueError or FileNotFoundError for options that cannot be, before anything is read."""
+    dst, suffix = Path(args.dst), SUFFIX.get(args.to)
+    if suffix and (dst.suffix != suffix or dst.is_dir()):
+        raise ValueError(f"{dst}: --to {args.to} writes a {suffix} file")
+    if not suffix and (dst.is_file() or (dst.is_dir() and any(dst.iterdir()))):
+        raise ValueError(f"{dst} is there already: --to {args.to} writes a new folder")
+    if args.to == "peft" and args.lora == "none":
+        raise ValueError("--to peft writes the LoRA alone: pass --lora FILE")
+    if args.dtype and args.to not in ("blip2", "transformers"):
+        raise ValueError(f"--dtype goes with --to transformers; --to {args.to} writes what is merged in fp32")
+    for file in args.results:
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"--results {file}: no such file")
+
+
+def refuse_source(args: argparse.Namespace, state: dict[str, Tensor], source: str | None) -> None:
+    """Raises ValueError if --weights holds no tower, or one that --to cannot take."""
+    base, needed = Path(args.weights), NEEDED.get(args.to, weight_files.TOWERS)
+    whole = any(k.startswith(("text.", "token_embedding.")) for k in state)
+    if source not in needed or (args.to == "open_clip" and not whole):
+        needed = " or ".join(needed)
+        raise ValueError(f"{base} is {source or 'no ViT'}: --to {args.to} needs a whole {needed}")
+    if args.to in ("blip2", "transformers") and not (base / "config.json").is_file():
+        raise ValueError(f"{base}: --to {args.to} needs the folder that save_pretrained wrote")
+    if args.to == "peft" and source in THEIRS and source != "blip2":
+        why = "transformers' modules have other names than its files, which PEFT goes by"
+        raise ValueError(f"{base} is {source}: {why}: --to transformers")
+    if args.to in ("peft", "eva_clip") and source == "open_clip_vit":
+        why = {"peft": "has no layer for q and v that PEFT could tune", "eva_clip": "is not EVA-CLIP's"}
+        raise ValueError(f"{base}: open_clip's own ViT {why[args.to]}: --to open_clip, or timm")
 
 
 def how_to_use(args: argparse.Namespace, name: str, tower: dict[str, Tensor]) -> str:

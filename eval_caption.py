@@ -1,12 +1,13 @@
-"""Algorithm 3 with BLIP-2 as T_o: captions of NoCaps (Table 8) or COCO, before and after ViSFT.
+"""Algorithm 3 with a multimodal model as T_o: captions of NoCaps (Table 8) or COCO, before and after ViSFT.
 
     torchrun --nproc_per_node 8 eval_caption.py --blip2 Salesforce/blip2-opt-2.7b --images nocaps/val \\
         --compare out/visft/lora_005000.safetensors --captions nocaps_val_4500_captions.json
+    python eval_caption.py --vlm llava-hf/llava-1.5-7b-hf --images coco/val2017 --compare LORA ...
     python eval_caption.py --captions nocaps_val_4500_captions.json --results before.json after.json
 
 --captions is NoCaps' file, scored in-, near- and out-of-domain and over all, each with its own document
 frequencies; or captions of COCO: Karpathy's dataset_coco.json (its test images) or a captions_*.json. The
-second form scores captions that are there already. Captions are kept as they come, so that --resume goes on
+last form scores captions that are there already. Captions are kept as they come, so that --resume goes on
 after a kill. Writes OUT/results_{before,after}.json in the official format, and OUT/result.json.
 """
 
@@ -35,13 +36,10 @@ def main() -> None:
     add = p.add_argument
     add("--captions", required=True, metavar="FILE", help="NoCaps', Karpathy's or COCO's JSON")
     add("--images", metavar="DIR", help="the images that FILE names")
-    prompt = "what captions go on from (BLIP-2; LAVIS: none before finetuning)"
-    add("--prompt", default="a photo of", help=prompt)
-    penalty = "of beams, 0 = off (default: 1)"
-    answers.add_generation_options(p, least=8, most=30, length_penalty=penalty)
+    answers.add_generation_options(p, prompt="what asks for a caption, or what BLIP-2's captions go on from")
     evaluation.add_options(p, "out/caption", batch=16)
     args = p.parse_args()
-    variants = answers.check_generation_options(args, evaluation.check_options(args))
+    variants = answers.check_generation_options(args, evaluation.check_options(args), "caption")
 
     # --- setup
     ranks = start(args, p)
@@ -57,20 +55,19 @@ def main() -> None:
     pictures = locate(args.images, [item.image for item in E], args.captions)
 
     # --- model
-    import blip2  # transformers: seconds that --help need not wait
-
-    blip = blip2.Blip2(args.blip2, ranks.dtype, ranks.device)
-    set_M, of_tower = blip.attach(args.lora)
-    notes += of_tower
-    settings = answers.generation_settings(args, length_penalty=1.0)
-    protocol = {"generation": settings, "prompt": args.prompt, "blip2": blip.version}
+    model = answers.open_model(args, ranks)
+    set_M, of_tower = model.attach(args.lora)
+    settings = answers.generation_settings(args)
+    protocol = {"generation": settings, "prompt": args.prompt, **model.protocol}
+    (prompt,), of_prompt = model.prompts(args.prompt, [""])
+    notes += of_tower + of_prompt
 
     # --- resume
     hashes = [files.sha256(file) for file in (args.captions, args.lora) if file]
     # Alg. 3, line 1: initialize results list R_o, with what a killed run has left behind
     R_o = answers.Answers(args, ranks, {**protocol, "files": hashes})
     done = {i for i, item in enumerate(E) if R_o.have([item.id], variants)}
-    batches = evaluation.loader(Pictures(pictures, blip.transform), args, ranks, collate, done)
+    batches = evaluation.loader(Pictures(pictures, model.transform), args, ranks, collate, done)
 
     # --- loop
     for index, x, unread in tqdm(batches, disable=ranks.rank > 0):  # Alg. 3, line 2: for x in E_o(x)
@@ -79,15 +76,15 @@ def main() -> None:
         texts = {}
         for variant in variants:
             set_M(variant)
-            f = blip.vision(x)  # Alg. 3, line 3: extract feature f* = M(x; dW*) for input x
-            prompts = [args.prompt] * len(x)
-            texts[variant] = blip.generate(blip.queries(f), prompts, settings, args.batch)  # Alg. 3, line 4
+            f = model.see(x)  # Alg. 3, line 3: extract feature f* = M(x; dW*) for input x
+            # Alg. 3, line 4: predicting R_o = [R_o, T_o(f*)]
+            texts[variant] = model.generate(f, [prompt] * len(x), settings, args.batch)
         R_o.add([E[i].id for i in index], texts)
 
     # Alg. 3, line 6: accumulate results, Metric(E_o(y), R_o) on E_o
     everyones = R_o.gather(item.id for item in E[ranks.rank :: ranks.world])
     captions = {variant: {item.id: everyones[item.id][variant] for item in E} for variant in variants}
-    report(args, E, captions, protocol, notes, blip.files)
+    report(args, E, captions, protocol, notes, model.files)
 
 
 # --- data
@@ -158,7 +155,7 @@ def report(args, E: list[Item], captions: dict[str, dict], protocol: dict, notes
             notes.append(f"{path}: the captions")
     notes = list(dict.fromkeys(notes))
     cider = [row for row in rows if row["metric"].startswith("cider")]
-    columns = ["Table 8, CIDEr", *(row["set"] for row in cider)]
+    columns = ["CIDEr" if args.vlm else "Table 8, CIDEr", *(row["set"] for row in cider)]
     table = evaluation.table(columns, [[variant, *(row[variant] for row in cider)] for variant in captions])
     print(*notes, table, "", evaluation.rows_table(rows), sep="\n")
     paths = [args.captions, args.lora, *(args.results or ()), *weights]

@@ -184,7 +184,8 @@ def write_result(args: argparse.Namespace, result: dict, used: list[str | None])
     """OUT/result.json: the result, every option, the command, versions, hashes of the files `used`."""
     if dist.get_rank() > 0:
         return
-    hashes = {str(f): files.sha256(f) for f in used if f and Path(f).is_file()}
+    used = [p for f in used if f for p in (sorted(Path(f).glob("*.safetensors")) or [Path(f)])]  # of a folder
+    hashes = {str(f): files.sha256(f) for f in used if f.is_file()}
     content = {"partial": args.limit is not None, **result, "options": vars(args), "sha256": hashes}
     path = Path(args.out) / "result.json"
     files.write_json(path, {**content, **provenance()})

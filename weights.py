@@ -316,7 +316,7 @@ def read_config(path: str | Path):
 
 
 def check_settings(path: str | Path, vit: nn.Module) -> None:
-    """Raises ValueError if what no tensor tells is not as in timm's model: heads, activation, epsilon."""
+    """Raises ValueError if what no tensor tells is not as in timm's model: attention heads, activation."""
     from transformers.activations import ACT2FN
 
     if not (config := read_config(path)):
@@ -327,8 +327,7 @@ def check_settings(path: str | Path, vit: nn.Module) -> None:
         -4, 4, 99, device="cpu"
     )  # GELU and its tanh form are 5e-4 apart; timm has one for the other
     same = (ACT2FN[act](x) - block.mlp.act(x)).abs().max() < 1e-3
-    ours = block.attn.num_heads, act if same else type(block.mlp.act).__name__, block.norm1.eps
-    theirs = config.num_attention_heads, act, config.layer_norm_eps
+    ours = f"{block.attn.num_heads} heads and {act if same else type(block.mlp.act).__name__}"
+    theirs = f"{config.num_attention_heads} heads and {act}"
     if ours != theirs:
-        what = " and ".join("{} heads, {}, epsilon {:g}".format(*x) for x in (theirs, ours))
-        raise ValueError(f"{path}: attention heads, activation and epsilon are not the model's: {what}")
+        raise ValueError(f"{path} has {theirs}; the model of --model has {ours}")

@@ -49,6 +49,7 @@ QUICK = {  # the shortest run that still goes everywhere
     "reading": ["--words", 64, "--iters", 2],
     "rope": ["--depth", 1, "--rounds", 2],
     "steps": ["--iters", 2, "--skip", 1, "--image-scale", 0.2],
+    "vlm": ["--images", 1, "--rounds", 1, "--loaded", 64, 1],
     "world": ["--scenes", 10, "--rounds", 1],
     "zeroshot": ["--images", 8, "--repeats", 1],
 }

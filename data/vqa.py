@@ -1,15 +1,19 @@
-"""Questions about images and the rules by which answers count (Table 7): VQAv2, OK-VQA and GQA.
+"""Questions about images and the rules by which answers count: VQAv2, OK-VQA, GQA (Table 7), TextVQA, POPE.
 
-There are two rules, and they differ by tenths of a point. Both compare an answer with each nine of the ten
-humans', min(matches / 3, 1), and take the mean of the ten. `official` (GT-Vision-Lab/VQA) normalizes all of
-them unless the humans agree, and then none; `lavis`, with which BLIP-2's and the paper's figures were made,
-always normalizes the prediction, and of the humans' answers only the punctuation, unless they agree.
+There are three rules for ten humans' answers, which differ by tenths of a point. All compare an answer with
+each nine of the ten, min(matches / 3, 1), and take the mean of the ten. `official` (GT-Vision-Lab/VQA)
+normalizes all of them unless the humans agree, and then none; `lavis`, with which BLIP-2's and the paper's
+figures were made, always normalizes the prediction, and of the humans' answers only the punctuation, unless
+they agree; `textvqa` (EvalAI's answer processor, in M4C's and LLaVA's evaluators) always normalizes all.
 """
 
+import json
 import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from files import Items, expecting, read_json, shown
 
@@ -37,7 +41,10 @@ CONTRACTIONS = {
 
 @dataclass(frozen=True)
 class Question:
-    """id: as in the files (GQA: a string); answers: the ten humans', or GQA's one; kind: of the answer"""
+    """id: as in the files (GQA: a string; POPE: SETTING/ID, as each setting begins at 1)
+
+    answers: the ten humans', or the one of GQA and POPE; kind: of the answer; POPE: the setting
+    """
 
     id: int | str
     image: str
@@ -50,11 +57,23 @@ class Question:
 
 
 def read(kind: str, questions: str, annotations: str | None) -> list[Question]:
-    """The questions of vqav2, okvqa or gqa in the order of their official file.
+    """The questions of vqav2, okvqa, gqa, textvqa or one setting of pope in the order of the official file.
 
     Raises FileNotFoundError, or ValueError naming what is not as it should be: ids that are there twice,
-    questions without annotation and the reverse, annotations without ten answers.
+    questions without annotation and the reverse, without ten answers (POPE: without yes or no).
     """
+    if kind == "pope":
+        return _read_pope(questions)
+    if kind == "textvqa":
+        _, q = _lists(questions, "data")
+        keys, images, texts = _ids(q), q.column("image_id", str), q.column("question", str)
+        answers = [_ten(q, k, given) for k, given in enumerate(q.column("answers", list))]
+        if odd := [k for k, given in enumerate(answers) if not {str}.issuperset(map(type, given))]:
+            q.refuse(odd[0], f"answers must be texts, got {shown(list(answers[odd[0]]))}")
+        return [
+            Question(key, f"train_images/{image}.jpg", text, given, "")
+            for key, image, text, given in zip(keys, images, texts, answers, strict=True)
+        ]
     if kind == "gqa":
         with expecting(questions, "gqa's official file: an object of questions by their ids"):
             content = read_json(questions)
@@ -80,10 +99,45 @@ def read(kind: str, questions: str, annotations: str | None) -> list[Question]:
         k = place_of[key]
         if on[k] != image:
             a.refuse(k, f"question {shown(key)} is on image {image}, its annotation on {on[k]}")
-        if len(given[k]) != HUMANS:
-            a.refuse(k, f"annotation {shown(key)} has {len(given[k])} answers, not {HUMANS}")
+        _ten(a, k, given[k], f"annotation {shown(key)}")
         answers = tuple(Items(annotations, given[k], f"{a.where(k)}: answers").column("answer", str))
         found.append(Question(key, f"COCO_{subset}_{image:012d}.jpg", text, answers, kinds[k]))
+    return found
+
+
+def _ten(items: Items, k: int, given: list, what: str = "the question") -> tuple[str, ...]:
+    if len(given) != HUMANS:
+        items.refuse(k, f"{what} has {len(given)} answers, not {HUMANS}")
+    return tuple(map(items.whole, given))
+
+
+def setting(path: str | Path) -> str:
+    """Which of POPE's a file is: random, of coco_pope_random.json; of another name all of it."""
+    return Path(path).stem.rpartition("pope_")[2]
+
+
+def _read_pope(path: str | Path) -> list[Question]:
+    q = Items(path, read_lines(path), "lines")
+    keys, images, texts = _ids(q), q.column("image", str), q.column("text", str)
+    for k, label in enumerate(labels := q.column("label", str)):
+        if label not in ("yes", "no"):
+            q.refuse(k, f"label must be yes or no, got {shown(label)}")
+    return [
+        Question(f"{setting(path)}/{key}", image, text, (label,), setting(path))
+        for key, image, text, label in zip(keys, images, texts, labels, strict=True)
+    ]
+
+
+def read_lines(path: str | Path) -> list:
+    """What the lines of a JSONL file hold. Raises FileNotFoundError, or ValueError naming the line."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    found = []
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+        try:
+            found += [json.loads(line)] if line.strip() else []
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: line {number} is not JSON: {error}") from error
     return found
 
 
@@ -113,11 +167,20 @@ def _same(items: dict, others: dict, path: str | Path, other: str | Path) -> Non
             )
 
 
-def read_results(path: str | Path, questions: list[Question]) -> dict:
+def read_results(path: str | Path, questions: list[Question], kind: str = "") -> dict:
     """{question id: answer} from a file in the official format, a list of {question_id, answer}.
 
-    GQA's own has questionId and prediction. Raises ValueError if it answers other questions.
+    GQA's own has questionId and prediction; POPE's is a line {question, answer} for each of one setting's
+    questions, in their order. Raises ValueError if it answers other questions.
     """
+    if kind == "pope":
+        rows = Items(path, read_lines(path), "lines")
+        if len(rows.items) != len(questions):
+            raise ValueError(f"{path} has {len(rows.items)} answers to {len(questions)} questions")
+        for k, (row, q) in enumerate(zip(rows.items, questions, strict=True)):
+            if f"{q.kind}/{row.get('question_id', q.id.partition('/')[2])}" != q.id:
+                rows.refuse(k, f"answers must be in the order of the questions, expected {q.id}")
+        return dict(zip((q.id for q in questions), rows.column("answer", str), strict=True))
     if type(rows := read_json(path)) is not list:
         raise ValueError(f"{path} is not a results file, a list of question_id and answer")
     rows = Items(path, rows, "results").items
@@ -128,10 +191,21 @@ def read_results(path: str | Path, questions: list[Question]) -> dict:
     return answers
 
 
-def results(kind: str, answers: dict) -> list[dict]:
-    """{question id: answer} in the official format of `kind`."""
+def results(kind: str, questions: list[Question], answers: dict) -> dict[str, str]:
+    """{how a file's name ends: its text}: the answers, by their questions' ids, in the official format.
+
+    POPE's scorer reads a file for each setting, JSON lines.
+    """
+    if kind == "pope":
+        found: dict[str, str] = {}
+        for q in questions:
+            key = q.id.partition("/")[2]
+            row = {"question_id": int(key) if key.isdecimal() else key, "question": q.text}
+            row["answer"] = answers[q.id]
+            found[f"_{q.kind}.jsonl"] = found.get(f"_{q.kind}.jsonl", "") + json.dumps(row) + "\n"
+        return found
     key, value = ("questionId", "prediction") if kind == "gqa" else ("question_id", "answer")
-    return [{key: question, value: answer} for question, answer in answers.items()]
+    return {".json": json.dumps([{key: q.id, value: answers[q.id]} for q in questions], indent=1)}
 
 
 # --- rules
@@ -178,9 +252,43 @@ def official_accuracy(answer: str, humans: tuple[str, ...]) -> float:
     return _accuracy(answer, humans)
 
 
+def textvqa_accuracy(answer: str, humans: tuple[str, ...]) -> float:
+    """Of M4C's evaluator, which LLaVA's takes over: 's parted from its word, and all of them normalized."""
+
+    def processed(text: str) -> str:
+        text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
+        return normalize(_one_line(text.strip()))
+
+    return _accuracy(processed(answer), [processed(human) for human in humans])
+
+
 def exact_match(answer: str, truth: tuple[str, ...]) -> float:
     """GQA, as LAVIS: both normalized."""
     return float(normalize(answer) == normalize(truth[0]))
+
+
+def says_no(answer: str) -> bool:
+    """POPE's reading of an answer: no if its first sentence has the word No, no or not; else yes."""
+    return not {"No", "no", "not"}.isdisjoint(answer.partition(".")[0].replace(",", "").split(" "))
+
+
+def pope_scores(answers: list[str], truths: list[str]) -> dict[str, np.ndarray | float]:
+    """POPE's, where yes is what is to be found: of each question, or of all (precision, F1), in 0..1.
+
+    recall: of those whose truth is yes. 0 where the official scorer divides by 0: nothing found
+    """
+    said = np.array([not says_no(answer) for answer in answers])
+    true = np.array([truth == "yes" for truth in truths])
+    hits = float((said & true).sum())
+    precision = hits / said.sum() if said.any() else 0.0
+    f1 = 2 * hits / (said.sum() + true.sum()) if hits else 0.0
+    each = {
+        "accuracy": said == true,
+        "recall": said[true] if true.any() else np.zeros(1),
+        "share of yes": said,
+    }
+    each = {name: values.astype(float) for name, values in each.items()}
+    return {**each, "precision": float(precision), "F1": float(f1)}
 
 
 def lemmatizer():

@@ -112,7 +112,9 @@ def test_prompts_have_lavis_tokens_whatever_the_tokenizer_adds(models):
     long = "Question: " + "how many " * 40 + "Short answer:"
     cut = opt.prompt_tokens([long])[0]
     assert len(cut) == 32 and cut[1:] == opt.tokenizer(long, add_special_tokens=False).input_ids[:31]
-    assert len(t5.prompt_tokens([long])[0]) == 32 and opt.count_cut([long, "a photo of"]) == 1
+    assert len(t5.prompt_tokens([long])[0]) == 32
+    _, notes = opt.prompts("{}", [long, "a photo of"])
+    assert notes == ["1 prompts were cut to 32 tokens"] and opt.prompts("a photo of", [""])[1] == []
 
 
 def test_images_are_what_lavis_makes_of_them(models):

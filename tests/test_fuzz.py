@@ -876,6 +876,31 @@ def read_gqa(folder: Path) -> list:
     return [(q.id, q.image, q.text, q.answers, q.kind) for q in vqa.read("gqa", folder / "gqa.json", None)]
 
 
+def textvqa() -> dict:
+    told = [["box"] * 10, ["dot"] * 4 + ["box"] * 6, ["dot"] * 10]
+    rows = [(5, "7a", "What?", told[0]), (3, "7a", "Where?", told[1]), (4, "1f", "Which box?", told[2])]
+    keys = ("question_id", "image_id", "question", "answers")
+    return {"dataset_type": "val", "data": [dict(zip(keys, row, strict=True)) for row in rows]}
+
+
+def naive_textvqa(content: dict) -> list:
+    found, items = [], content["data"]
+    if len({q["question_id"] for q in items}) < len(items) or any(len(q["answers"]) != 10 for q in items):
+        raise ValueError("ids or answers")
+    for q in items:
+        told = tuple(map(whole, q["answers"]))
+        found.append(
+            (q["question_id"], f"train_images/{whole(q['image_id'])}.jpg", whole(q["question"]), told, "")
+        )
+    return found
+
+
+def read_textvqa(folder: Path) -> list:
+    found = vqa.read("textvqa", folder / "textvqa.json", None)
+    return [(q.id, q.image, q.text, q.answers, q.kind) for q in found]
+
+
+TEXTVQA = Format("textvqa.json", textvqa(), {"vqa": Reader(read_textvqa, naive_textvqa)})
 GQA = Format("gqa.json", gqa(), {"vqa": Reader(read_gqa, naive_gqa)})
 ASKED = [vqa.Question(i, "7.jpg", "What?", ("box",) * 10, "other") for i in (3, 5, 4)]
 ANSWERS = [{"question_id": i, "answer": "box"} for i in (5, 3, 4)]
@@ -949,6 +974,7 @@ CLASSES = Format("classes/names.json", NAMES, {"zeroshot": Reader(read_classes, 
         pytest.param(QUESTIONS, range(700, 740), id="questions"),
         pytest.param(ANNOTATIONS, range(750, 790), id="annotations"),
         pytest.param(GQA, range(800, 840), id="gqa"),
+        pytest.param(TEXTVQA, range(1000, 1040), id="textvqa"),
         pytest.param(VQA_RESULTS, range(850, 890), id="vqa results"),
         pytest.param(CAPTION_RESULTS, range(900, 930), id="caption results"),
         pytest.param(CLASSES, range(950, 990), id="names"),

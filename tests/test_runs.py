@@ -1,4 +1,4 @@
-"""Which commands paper.sh, ablations.sh and slurm.sh call, by stand-ins for torchrun, python and srun."""
+"""Which commands the scripts of runs/ call, by stand-ins for torchrun, python and srun."""
 
 import argparse
 import importlib
@@ -22,7 +22,8 @@ printf '%q ' "$(basename "$0")" "$@" >> "$CALLS" && echo >> "$CALLS"
 MAKE = r"""
 [[ -n $FAIL && $* == *$FAIL* ]] && exit 7
 what="$*"
-while [ "$1" != --out ]; do shift; done
+while [ $# -gt 0 ] && [ "$1" != --out ]; do shift; done
+[ $# -gt 0 ] || exit 0
 mkdir -p "$2" && cd "$2"
 [[ $what != *stage2_lora.py* ]] || touch lora_0{05,15,20,50}000.safetensors
 """
@@ -38,7 +39,9 @@ DATA = [
     "sets/vqav2/v2_OpenEnded_mscoco_val2014_questions.json",
     "sets/okvqa/OpenEnded_mscoco_val2014_questions.json",
     "sets/gqa/testdev_balanced_questions.json",
+    *("sets/textvqa/TextVQA_0.5.1_val.json", "sets/textvqa/train_images/"),
 ]
+POPE = [f"sets/pope/coco_pope_{setting}.json" for setting in ("random", "popular", "adversarial")]
 
 
 def stand_in(folder: Path, **programs: str) -> dict[str, str]:
@@ -235,6 +238,41 @@ def test_ablations_differ_in_one_thing_and_are_scored(runs, parse):
         "ablations.sh", "rank8", EXCLUDE="", OUT=f"{runs.folder}/all", HEADS=f"{runs.folder}/out/stage1"
     )
     assert [parse(script_of(call)).exclude_images for call in calls[:1]] == [None] and len(calls) == 2
+
+
+def test_vlm_tunes_and_asks_llava_all_five_sets(runs, parse):
+    for file in POPE:
+        (runs.folder / file).parent.mkdir(exist_ok=True)
+        (runs.folder / file).write_text(
+            '{"image": "COCO_val2014_000000310196.jpg"}\n{"image": "COCO_val2014_000000000042.jpg"}\n'
+        )
+    folder = runs.folder / "llava"
+    folder.mkdir()
+    done, calls = runs("vlm.sh", VLM=str(folder))
+    assert done.returncode == 0 and "left out" not in done.stdout, done.stderr
+    *commands, export = [script_of(call) for call in calls]
+    args = [parse(command) for command in commands]
+    assert [command[0] for command in commands] == ["stage1_heads.py"] * 3 + ["stage2_lora.py"] + [
+        "eval_vqa.py"
+    ] * 5
+    ids = runs.folder / "out/pope_images.txt"
+    for stage in args[:4]:
+        assert stage.model == "vit_large_patch14_clip_quickgelu_336" and stage.weights == "pretrained"
+        assert stage.exclude_images == str(ids) and stage.resume
+    assert ids.read_text() == "42\n310196\n"
+    lora = f"{runs.folder}/out/visft/lora_005000.safetensors"
+    assert [a.kind for a in args[4:]] == ["pope", "textvqa", "gqa", "okvqa", "vqav2"]
+    for asked in args[4:]:
+        assert asked.vlm == str(folder) and asked.compare == lora and asked.resume and not asked.blip2
+        assert (len(asked.questions), bool(asked.annotations)) == (
+            3 if asked.kind == "pope" else 1, asked.kind in ("okvqa", "vqav2"),
+        )  # fmt: skip
+    assert export[:3] == ["convert.py", "export", f"{runs.folder}/out/export/model"]
+    assert parse(export).to == "transformers" and parse(export).lora == lora
+    done, calls = runs("vlm.sh", "textvqa", OUT=f"{runs.folder}/new")
+    assert done.returncode == 0 and calls == [] and "no " + lora.replace("/out/", "/new/") in done.stdout
+    done, calls = runs("vlm.sh", OUT=f"{runs.folder}/hub")
+    assert [script_of(call)[0] for call in calls][-1] == "eval_vqa.py" and "export: left out" in done.stdout
 
 
 def differs(row: dict, default: dict) -> dict:

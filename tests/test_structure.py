@@ -24,7 +24,8 @@ RULES = {  # what each module imports of ours, at most; those of a folder that a
     "feature_cache": ("backbone", "ranks", "files", "data.stream"),
     "clip": ("lora", "files", "backbone", "ranks", "weights"),
     "blip2": ("lora", "files", "backbone", "ranks", "weights"),
-    "answers": ("ranks", "blip2"),
+    "vlm": ("lora", "files", "blip2"),
+    "answers": ("ranks", "blip2", "vlm"),
 }
 
 
