@@ -67,10 +67,10 @@ ITERS=150 ALPHA=8
 STAGE2=("${TRAIN[@]}" --warmup 20 --iters "$ITERS" --batch detection=8 segmentation=4 captioning=16 --rank 8
     --lora-alpha "$ALPHA" --lr 1e-3)
 READER=(--train "$WORLD/words/train" --test "$WORLD/words/test" --size 56 112 --charset 36 --width 128 --workers 0
-    --iters "${READER_ITERS:-600}" --batch 32 --lr 1e-3 --warmup 100 "${RESUME[@]}")
+    --iters 600 --batch 32 --lr 1e-3 --warmup 100 "${RESUME[@]}")
 
 step "The world: scenes, words, classes, boxes" "$WORLD" \
-    python demo/world.py "$WORLD" --train 800 --val "${VAL:-504}" --words "${WORDS:-8000}"
+    python demo/world.py "$WORLD" --train 800 --val "${VAL:-504}" --words 8000
 if [ "$HEADS" = train ]; then
     HEADS=$OUT/heads/half
     step "Stage 1 (Algorithm 1): all heads, on a world of 24,000 scenes" "$HEADS/segmentation.safetensors" \

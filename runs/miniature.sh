@@ -12,7 +12,7 @@ OUT=${1:-${OUT:-out/miniature}} SEEDS=${SEEDS:-5} ROW_SEEDS=${ROW_SEEDS:-3} PART
 MINIATURE=$OUT
 echo "== On two cores the main effect takes 35 to 50 minutes, all parts 90 to 150; $SEEDS seeds, rows and controls $ROW_SEEDS"
 STARTED=$SECONDS
-VAL=1008 WORDS=16000 READER_ITERS=1200
+VAL=1008
 source "$(dirname "$0")/demo.sh" "$MINIATURE/demo" # the main effect: the demo, with more seeds; and its settings
 MAIN=$OUT OUT=$MINIATURE
 printf '%s\t%s\n' main $((SECONDS - STARTED)) >> "$OUT/seconds.tsv"
