@@ -24,6 +24,7 @@ if [ -e "$OUT" ] && [ "$(cat "$OUT/version" 2>/dev/null)" != "$VERSION" ]; then
     exit 2
 fi
 mkdir -p "$OUT" && echo "$VERSION" > "$OUT/version" || { echo "demo.sh: cannot write in $OUT" >&2; exit 2; }
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # so small a model gains nothing from more
 trap 'exit 130' INT TERM
 lanes=() following=
 stopped() {
@@ -49,7 +50,7 @@ lane() { # lane LOG FUNCTION...: on a core of its own, in a process group that c
     local log=$1
     shift
     set -m
-    OMP_NUM_THREADS=1 "$@" >> "$log" 2>&1 &
+    "$@" >> "$log" 2>&1 &
     set +m
     lanes+=($!)
 }
@@ -119,7 +120,7 @@ evaluate() { # evaluate SEED: what is measured with it, but for OCR
 stage2 0
 if [ "$JOBS" = 2 ]; then
     lane "$OUT/ocr.log" ocr 0
-    OMP_NUM_THREADS=1 evaluate 0
+    evaluate 0
     echo "== OCR, beside the others"
     tail -n 1 -f "$OUT/ocr.log" & following=$!
     wait "${lanes[0]}"

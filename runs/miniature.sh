@@ -25,7 +25,7 @@ trap '[ $? = 0 ] || stopped' EXIT
 printf '{"iters": %s, "alpha": %s, "stage2": "%s"}\n' "$ITERS" "$ALPHA" "${STAGE2[*]/#$WORLD*/COCO}" \
     > "$OUT/settings.json"
 rm -f "$OUT/failed"
-export OMP_NUM_THREADS=1 # from here on two runs at a time, a core each
+# From here on two runs at a time, a core each
 
 both() { # both FUNCTION ARGUMENTS...: in the background, as soon as a core is free
     while (($(jobs -rp | wc -l) >= 2)); do wait -n || true; done

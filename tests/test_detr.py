@@ -110,6 +110,9 @@ def test_more_targets_than_queries_and_broken_costs():
     cost[1, :, 2] = math.inf
     match = hungarian([cost])
     assert sorted(match.query[0].tolist()) == [0, 1, 2] and 2 not in match.target[1].tolist()
+    cost = torch.rand(1, 5, 2)
+    cost[0, 3] = math.nan  # a broken query is the last to be taken
+    assert 3 not in hungarian([cost]).query[0].tolist()
 
 
 def test_costs_use_torchvisions_boxes():

@@ -190,6 +190,15 @@ def runs() -> list[int]:
     return [16 * 48 + 12, *[24, 24] * 31, 24, 12 + 16 * 48]
 
 
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+def test_an_area_that_is_missing_is_that_of_the_outline(case, task):
+    """Of half of the box, a triangle, by pycocotools; the box has 768 pixels."""
+    triangle = [16, 12, 48, 12, 48, 36]
+    expected = float(rle.area(rle.frPyObjects([triangle], 48, 64))[0])
+    found = items(task, case(lambda w: every(w, area=..., segmentation=[triangle]))).truth["annotations"]
+    assert {a["area"] for a in found} == {expected} and 360 < expected < 420
+
+
 def test_what_needs_no_mask_takes_the_area_of_the_box(case):
     assert [a["area"] for a in items("detection", case(lambda w: every(w, area=..., segmentation=...))).truth[
         "annotations"

@@ -51,6 +51,16 @@ def test_reading_from_tokens_leaves_cls_out_and_needs_enough_of_them():
         OcrHead(24, 26, "ab")
 
 
+def test_a_layer_normalizes_before_attention_and_before_its_mlp():
+    """x + A(LN x), then that + MLP(LN of it), from the layer's own parts: as DeiT, which ViTSTR is."""
+    torch.manual_seed(0)
+    layer, x = OcrHead(24, 33, "ab", width=16).layers[0].eval(), torch.randn(2, 5, 16)
+    n = layer.norm1(x)
+    y = x + layer.self_attn(n, n, n)[0]
+    y = y + layer.linear2(torch.nn.functional.gelu(layer.linear1(layer.norm2(y))))
+    torch.testing.assert_close(layer(x), y, atol=1e-5, rtol=1e-5)
+
+
 def test_positions_begin_half_as_large_as_tokens():
     torch.manual_seed(0)
     position = OcrHead(24, 33, "ab", width=64).position.detach()
