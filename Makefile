@@ -11,8 +11,8 @@ setup: .venv/installed
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
 	touch $@
 
-test: setup
-	.venv/bin/python -m pytest tests
+test: setup  # two files at a time, a core each
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests -n 2 --dist loadfile
 
 demo: setup  # SEEDS=5: standard errors; HEADS=train: heads of one's own; OUT=FOLDER: another place
 	PATH="$(CURDIR)/.venv/bin:$$PATH" SEEDS="$(SEEDS)" HEADS="$(HEADS)" bash runs/demo.sh $(OUT)
