@@ -344,20 +344,19 @@ def refuse_source(args: argparse.Namespace, state: dict[str, Tensor], source: st
 
 def how_to_use(args: argparse.Namespace, name: str, tower: dict[str, Tensor]) -> str:
     """The line that loads DST."""
-    import timm as library
+    import timm
 
-    timm, more = "eva_g" if name == "eva_g_blip2" else name, "depth=39, " * (name == "eva_g_blip2")
+    model, more = "eva_g" if name == "eva_g_blip2" else name, "depth=39, " * (name == "eva_g_blip2")
+    model = TIMM_NAMES.get(model, model)
     if args.to == "timm" and not more:
-        with torch.device(
-            "meta"
-        ):  # some average the patches, under another name of the norm, or attend to them
-            default = library.create_model(TIMM_NAMES.get(name, name), num_classes=0).state_dict()
+        with torch.device("meta"):  # some pool the patches, behind a norm of another name, or attend to them
+            default = timm.create_model(model, num_classes=0).state_dict()
         more = "" if default.keys() == tower.keys() else 'global_pool="", '
     config, architecture = Path(args.weights) / "config.json", "AutoModel"
     if args.to in ("blip2", "transformers"):
         architecture = (json.loads(config.read_text()).get("architectures") or [architecture])[0]
-    timm = TIMM_NAMES.get(timm, timm).split(".")[0]
-    return USE[args.to].format(dst=args.dst, timm=timm, more=more, architecture=architecture)
+    names = dict(timm=model.split(".")[0], architecture=architecture)
+    return USE[args.to].format(dst=args.dst, more=more, **names)
 
 
 def read_lora(path: str, tower: dict[str, Tensor], source: str, weights: str) -> tuple[dict, dict, list[str]]:

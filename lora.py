@@ -116,7 +116,7 @@ def attach(model: nn.Module, rank: int = 64, alpha: float = 1.0) -> nn.Module:
     """Put A and B beside the q and v of every attention layer, in place; the output does not change yet.
 
     alpha: the update is scaled by alpha / rank; the authors' released weights: 1; Eq. 1 as printed: the rank
-    Raises ValueError if the model has no such layer, has LoRA already, or does not use what was attached.
+    Raises ValueError if the model has no such layer, a quantized one, or LoRA already, or does not use it.
     """
     if layers(model):
         raise ValueError("LoRA is attached already")
@@ -127,6 +127,12 @@ def attach(model: nn.Module, rank: int = 64, alpha: float = 1.0) -> nn.Module:
         raise ValueError(
             f"{type(model).__name__}: no attention with a `qkv`, or `q_proj` and `v_proj`, Linear"
         )
+    for attention, names in found:
+        for dtype in {getattr(attention, name).weight.dtype for name in names}:
+            if not dtype.is_floating_point:
+                raise ValueError(
+                    f"{type(attention).__name__} is quantized ({dtype}): LoRA needs 16 or 32 bit"
+                )
     for attention, names in found:
         fused = dict(blocks=3, updated=(0, 2)) if names == ("qkv",) else dict(blocks=1, updated=(0,))
         for name in names:

@@ -1,7 +1,8 @@
 """Other people's models and weight files: what a vision tower is called in them, and how they are read.
 
 state = read(path)                      # any of the formats below; only tensors, mapped from the disk
-tower(state, recognize(state))          # the vision tower alone, under timm's names
+tower(state, recognize(state))          # the vision tower alone, as timm has it: names, q, k and v in one
+check_settings(path, vit)               # what no tensor tells, where a config.json does
 """
 
 import json
@@ -187,16 +188,14 @@ def read_json(path: Path) -> dict:
 
 def prefixes(names, format: str) -> list[str]:
     """What stands before the names of a format's towers in a file; nothing if it has none of it."""
-    first, prefix = file_name("patch_embed.proj.weight", format), TOWERS[format]
-    if prefix is not None:
-        return [prefix] if first in names else []
+    first = file_name("patch_embed.proj.weight", format)
+    if TOWERS[format] is not None:
+        return [TOWERS[format]] if first in names else []
     found = [name.removesuffix(first) for name in names if f".{name}".endswith(f".{first}")]
-    if format in ("blip2", "clip"):  # they differ in this alone
-        fused = [f"{prefix}encoder.layers.0.self_attn.qkv.weight" in names for prefix in found]
-        found = [
-            prefix for prefix, is_blip2 in zip(found, fused, strict=True) if is_blip2 == (format == "blip2")
-        ]
-    return found
+    if format not in ("blip2", "clip"):
+        return found
+    qkv = "encoder.layers.0.self_attn.qkv.weight"  # these two differ in it alone
+    return [prefix for prefix in found if (prefix + qkv in names) == (format == "blip2")]
 
 
 def timm_names(names, format: str) -> dict[str, str]:
@@ -248,9 +247,7 @@ def renamed(state: dict[str, Tensor], format: str) -> dict[str, Tensor]:
         if TOWERS[format] is None and (value.dtype.itemsize == 1 or name.endswith("qweight")):
             raise ValueError(f"weights of a quantized model: {name} holds {str(value.dtype)[6:]}")
         if ours == "patch_embed.proj.weight" and value.ndim == 2:
-            raise ValueError(
-                "weights of SigLIP 2 NaFlex: its patches come cut, and one convolution is expected"
-            )
+            raise ValueError("weights of SigLIP 2 NaFlex: no convolution cuts its patches, as a ViT's must")
         own[ours] = reshaped(ours, value, format)
     return own
 
@@ -265,14 +262,15 @@ def tower(state: dict[str, Tensor], format: str) -> dict[str, Tensor]:
         attn = name.removesuffix("q_proj.weight")
         for part in ("weight", "bias"):
             q, k, v = (own.pop(f"{attn}{x}_proj.{part}", None) for x in "qkv")
-            if format == "dinov3" and part == "bias" and q is not None and v is not None:
-                own[f"{attn}q_bias"], own[f"{attn}v_bias"] = q, v
-            elif all(x is not None for x in (q, k, v)):
-                own[f"{attn}qkv.{part}"] = torch.cat([q, k, v])
+            if format == "dinov3" and part == "bias":  # timm's has no bias of k: one that is not 0 is refused
+                biases = {f"{attn}q_bias": q, f"{attn}k_bias": k, f"{attn}v_bias": v}
+                own |= {x: b for x, b in biases.items() if b is not None and ("k_" not in x or b.any())}
+            elif None not in (shapes := [getattr(x, "shape", None) for x in (q, k, v)]):
+                if shapes[0] == shapes[1] == shapes[2] != ():  # else it is missing
+                    own[f"{attn}qkv.{part}"] = torch.cat([q, k, v])
     for name in [k for k in own if format == "blip2" and k.endswith("attn.qkv.bias")]:
-        q, _, v = own.pop(name).chunk(
-            3
-        )  # the same key bias for all keys: softmax does not see it, EVA has none
+        # The same key bias for all keys: softmax does not see it, EVA has none
+        q, _, v = own.pop(name).chunk(3)
         attn = name.removesuffix("qkv.bias")
         own[f"{attn}q_bias"], own[f"{attn}v_bias"] = q.clone(), v.clone()
     if format == "dinov2" and "reg_token" in own and {"cls_token", "pos_embed"} <= own.keys():
@@ -293,10 +291,9 @@ def reshaped(name: str, value: Tensor, format: str) -> Tensor:
 
 def body(state: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
     """A tower without what is behind M, nor biases of zeros where the model has none (DINOv3's)."""
-    known = {k: v for k, v in state.items() if k in expected or not k.startswith(("head.", "attn_pool."))}
-    return {
-        k: v for k, v in known.items() if k in expected or not k.endswith(("q_bias", "v_bias")) or v.any()
-    }
+    behind, biases = ("head.", "attn_pool."), ("q_bias", "v_bias")
+    alien = {k for k in state if k.startswith(behind) or (k.endswith(biases) and not state[k].any())}
+    return {k: v for k, v in state.items() if k in expected or k not in alien}
 
 
 def read_config(path: str | Path):
@@ -310,9 +307,10 @@ def read_config(path: str | Path):
     if not (folder / "config.json").is_file():
         return None
     try:
-        return AutoConfig.from_pretrained(folder)
-    except Exception as error:  # no type of transformers', values that are none
-        raise ValueError(f"{folder}/config.json: {str(error).strip().splitlines()[0]}") from error
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # no type of transformers', code of its own, values that are none
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{folder}/config.json: {why}") from error
 
 
 def check_settings(path: str | Path, vit: nn.Module) -> None:
@@ -322,12 +320,12 @@ def check_settings(path: str | Path, vit: nn.Module) -> None:
     if not (config := read_config(path)):
         return
     config, block = getattr(config, "vision_config", config), vit.blocks[0]
-    act = "silu" if getattr(config, "use_swiglu_ffn", False) else config.hidden_act
-    x = torch.linspace(
-        -4, 4, 99, device="cpu"
-    )  # GELU and its tanh form are 5e-4 apart; timm has one for the other
-    same = (ACT2FN[act](x) - block.mlp.act(x)).abs().max() < 1e-3
+    heads, act = (getattr(config, k, None) for k in ("num_attention_heads", "hidden_act"))
+    act = "silu" if getattr(config, "use_swiglu_ffn", False) else act
+    # GELU and its tanh form are 5e-4 apart at most, and timm's base SigLIPs have one for the other
+    x = torch.linspace(-4, 4, 99, device="cpu")
+    same = act in ACT2FN and (ACT2FN[act](x) - block.mlp.act(x)).abs().max() < 1e-3
     ours = f"{block.attn.num_heads} heads and {act if same else type(block.mlp.act).__name__}"
-    theirs = f"{config.num_attention_heads} heads and {act}"
+    theirs = f"{heads} heads and {act}"
     if ours != theirs:
         raise ValueError(f"{path} has {theirs}; the model of --model has {ours}")

@@ -471,6 +471,15 @@ def test_half_a_pair_or_another_width_of_separate_q_and_v_is_refused(tmp_path):
         refused(fused, A, value, "missing blocks.0.attn.qkv.lora_A; unexpected .blocks.0.attn.")
 
 
+def test_a_quantized_tower_is_refused():
+    tower = THEIRS["clip"]()
+    q = tower.encoder.layers[1].self_attn.q_proj
+    q.weight = nn.Parameter(torch.zeros(48, 48, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"CLIPAttention is quantized \(torch.int8\): LoRA needs"):
+        lora.attach(tower)
+    assert not lora.layers(tower)
+
+
 def test_a_model_with_no_tower_or_two_is_refused():
     with pytest.raises(ValueError, match="0 vision towers"):
         lora.attentions(transformers.LlamaModel(TEXT))

@@ -461,6 +461,12 @@ BAD = {
         lambda f: rewritten(f, lambda s: {k: v for k, v in s.items() if "k_proj" not in k}),
         "missing blocks.0.attn.qkv.weight",
     ),
+    "keys of another width": (
+        lambda f: rewritten(
+            f, lambda s: {k: v[:7] if "0.self_attn.k_proj" in k else v for k, v in s.items()}
+        ),
+        "missing blocks.0.attn.qkv.weight",
+    ),
     "two towers": (
         lambda f: rewritten(f, TWICE),
         "2 vision towers: .*_tower., .*_tower.: one is",
@@ -521,6 +527,27 @@ def test_a_torchscript_archive_is_refused_by_name(made, run, tmp_path):
     options = ("--model", row.model, "--weights", tmp_path / "ViT-L-14-336px.pt", "--to", "timm")
     code, _, err = run("convert", "export", tmp_path / "out.safetensors", *options)
     assert code == 2 and "px.pt: a TorchScript archive, as OpenAI's own CLIP files are, holds code" in err
+
+
+def test_dinov3_with_a_bias_of_k_is_refused(tmp_path):
+    """Rotated, it is not the same for all keys, and timm's has none. Of zeros, it is as good as none."""
+    row = ROWS["dinov3"]
+    model = row._replace(make=towers.dinov3(key_bias=True)).make(16)
+    model.save_pretrained(tmp_path)
+    vit.load(row.model, str(tmp_path))
+    nn.init.ones_(model.model.layer[1].attention.k_proj.bias)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="1 tensors: unexpected 'blocks.1.attn.k_bias'"):
+        vit.load(row.model, str(tmp_path))
+
+
+def test_custom_code_beside_a_file_is_not_asked_for(made, wholes, tmp_path):
+    folder = tmp_path / "code"
+    shutil.copytree(wholes("llava"), folder)
+    rewritten(folder, lambda s: s)
+    changed_json(folder, "config.json", model_type="new", auto_map={"AutoConfig": "new.NewConfig"})
+    with pytest.raises(ValueError, match="config.json: "):
+        vit.load(ROWS["clip"].model, str(folder / "model.safetensors"))
 
 
 def test_naflex_is_refused_by_name(tmp_path):
