@@ -200,18 +200,6 @@ def log_block() -> list[str]:
     return table(["step", "loss", *kinds], rows)
 
 
-def knows_block(main: list[dict]) -> list[str]:
-    first, lines = main[0], []
-    for name in ("plain", "sketch", "rotated", "noisy"):
-        top = [f"{first['zeroshot', name, metric]['before']:.1f}" for metric in ("acc1", "acc5")]
-        lines.append([f"classes, {name}", *top, "-"])
-    for title, way in (("image to text", "TR"), ("text to image", "IR")):
-        lines.append(
-            [title, *(f"{first['retrieval', 'coco', f'{way}@{k}']['before']:.1f}" for k in (1, 5, 10))]
-        )
-    return table(["", "top-1 or R@1", "top-5 or R@5", "R@10"], lines)
-
-
 def main_block(main: list[dict], side: list[dict] | None = None) -> list[str]:
     """The main effect; side: the runs of the same dW under a planted fault."""
     lines = []
@@ -374,9 +362,9 @@ def report(out: Path, readme: Path) -> None:
     fault = seeds_of(out / "fault")
     blocks = {
         "log": log_block(),
-        "knows": knows_block(main),
         "choice": choice_block(out),
-        "main": main_block(main, fault or None),
+        "main": ["![main effect](main.png)", "", *main_block(main, fault or None)],
+        "curves": ["![gain against steps and alpha](curves.png)", ""],
         "verdict": verdict(main),
         "heads": heads_block(out / "demo", main),
         "rows": rows_block(out, main),
