@@ -52,7 +52,15 @@ lane() { # lane LOG FUNCTION...: on a core of its own, in a process group that c
     set -m
     "$@" >> "$log" 2>&1 &
     set +m
-    lanes+=($!)
+    last=$!
+    lanes+=("$last")
+}
+
+follow() { # follow LOG: show what the lane does that writes it, until that ends
+    echo "== Beside that:"
+    tail -n 1 -f "$1" & following=$!
+    wait "$last"
+    kill "$following"
 }
 
 WORLD=$OUT/world
@@ -75,11 +83,14 @@ step "The world: scenes, words, classes, boxes" "$WORLD" \
 if [ "$HEADS" = train ]; then
     HEADS=$OUT/heads/half
     step "Stage 1 (Algorithm 1): all heads, on a world of 24,000 scenes" "$HEADS/segmentation.safetensors" \
-        bash runs/heads.sh "$OUT/heads" # which goes on by itself where it stopped
+        bash runs/heads.sh "$OUT/heads" "${TASKS[@]}" # which goes on by itself where it stopped
 fi
-step "Stage 1 (Algorithm 1): a minute of T_captioning on the frozen M" "$OUT/stage1/captioning.safetensors" \
-    python stage1_heads.py --task captioning "${TRAIN[@]}" --iters 300 --batch 16 --lr 2e-3 --warmup 50 \
-    --out "$OUT/stage1"
+
+stage1() { # to be seen: the heads of stage 2 were trained for longer
+    step "Stage 1 (Algorithm 1): a minute of T_captioning on the frozen M" "$OUT/stage1/captioning.safetensors" \
+        python stage1_heads.py --task captioning "${TRAIN[@]}" --iters 150 --batch 16 --lr 2e-3 --warmup 20 \
+        --out "$OUT/stage1"
+}
 
 ocr() { # ocr SEED: the longest step
     step "Algorithm 3: OCR (Table 3), seed $1" "$OUT/seed$1/ocr/result.json" \
@@ -117,15 +128,16 @@ evaluate() { # evaluate SEED: what is measured with it, but for OCR
         --images "$WORLD/coco" --out "$RUN/retrieval"
 }
 
-stage2 0
 if [ "$JOBS" = 2 ]; then
+    lane "$OUT/stage2.log" stage2 0
+    stage1
+    follow "$OUT/stage2.log"
     lane "$OUT/ocr.log" ocr 0
     evaluate 0
-    echo "== OCR, beside the others"
-    tail -n 1 -f "$OUT/ocr.log" & following=$!
-    wait "${lanes[0]}"
-    kill "$following"
+    follow "$OUT/ocr.log"
 else
+    stage1
+    stage2 0
     evaluate 0
     ocr 0
 fi
