@@ -76,7 +76,7 @@ ITERS=150 ALPHA=8
 STAGE2=("${TRAIN[@]}" --warmup 20 --iters "$ITERS" --batch detection=8 segmentation=4 captioning=16 --rank 8
     --lora-alpha "$ALPHA" --lr 1e-3)
 READER=(--train "$WORLD/words/train" --test "$WORLD/words/test" --size 56 112 --charset 36 --width 128 --workers 0
-    --iters 600 --batch 32 --lr 1e-3 --warmup 100 "${RESUME[@]}")
+    --iters 500 --batch 32 --lr 1e-3 --warmup 100 "${RESUME[@]}")
 
 step "The world: scenes, words, classes, boxes" "$WORLD" \
     python demo/world.py "$WORLD" --train 800 --val "${VAL:-504}" --words 8000
@@ -128,17 +128,32 @@ evaluate() { # evaluate SEED: what is measured with it, but for OCR
         --images "$WORLD/coco" --out "$RUN/retrieval"
 }
 
+pictures() { # of the first seed
+    local scenes=("$WORLD"/coco/val2017/*.jpg)
+    local last=$(basename "${scenes[3]}" .jpg)
+    local show=("${scenes[@]:0:4}" "${M[@]}" --compare "$OUT/seed0/visft/lora.safetensors")
+    step "Loss curves" "$OUT/figures/curves/curves.png" \
+        python visualize.py curves "$OUT"/{stage1,seed0/visft}/log.jsonl --out "$OUT/figures/curves"
+    step "Attention of [CLS] (Fig. 3)" "$OUT/figures/attention/$last.png" \
+        python visualize.py attention "${show[@]}" --out "$OUT/figures/attention"
+    step "Boxes, masks and captions" "$OUT/figures/predict/${last}_captioning.png" \
+        python visualize.py predict "${show[@]}" --heads "$HEADS" --tasks "${TASKS[@]}" "${SIZE[@]}" \
+        --out "$OUT/figures/predict"
+}
+
 if [ "$JOBS" = 2 ]; then
     lane "$OUT/stage2.log" stage2 0
     stage1
     follow "$OUT/stage2.log"
     lane "$OUT/ocr.log" ocr 0
     evaluate 0
+    pictures
     follow "$OUT/ocr.log"
 else
     stage1
     stage2 0
     evaluate 0
+    pictures
     ocr 0
 fi
 seeds() { for ((seed = $1; seed < SEEDS; seed += JOBS)); do stage2 "$seed"; evaluate "$seed"; ocr "$seed"; done; }
@@ -149,19 +164,6 @@ if ((SEEDS > 1)); then
     for lane in "${lanes[@]}"; do wait "$lane"; done
 fi
 rm -rf "$OUT/features" # 0.2 GB for each M that read words
-
-# Pictures of the first seed
-SCENES=("$WORLD"/coco/val2017/*.jpg)
-LAST=$(basename "${SCENES[3]}" .jpg)
-SHOW=("${SCENES[@]:0:4}" "${M[@]}" --compare "$OUT/seed0/visft/lora.safetensors")
-step "Loss curves" "$OUT/figures/curves/curves.png" \
-    python visualize.py curves "$OUT"/{stage1,seed0/visft}/log.jsonl \
-    --out "$OUT/figures/curves"
-step "Attention of [CLS] (Fig. 3)" "$OUT/figures/attention/$LAST.png" \
-    python visualize.py attention "${SHOW[@]}" --out "$OUT/figures/attention"
-step "Boxes, masks and captions" "$OUT/figures/predict/${LAST}_captioning.png" \
-    python visualize.py predict "${SHOW[@]}" --heads "$HEADS" --tasks "${TASKS[@]}" "${SIZE[@]}" \
-    --out "$OUT/figures/predict"
 
 echo "== Report"
 python demo/report.py "$OUT"

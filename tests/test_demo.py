@@ -345,9 +345,9 @@ def test_demo_goes_on_where_it_was_interrupted(tmp_path):
         ]
 
     whole, steps = calls("whole", 0)
-    assert [whole[i].split()[0] for i in (1, 5, 9)] == STOPPED
-    again, steps_again = calls("again", 2, 7, 12, 0, 0)  # the last time only the report is to be made
-    assert again == whole[:2] + whole[1:6] + whole[5:10] + whole[9:] + whole[-1:]
+    assert [whole[i].split()[0] for i in (1, 5, 12)] == STOPPED
+    again, steps_again = calls("again", 2, 7, 15, 0, 0)  # the last time only the report is to be made
+    assert again == whole[:2] + whole[1:6] + whole[5:13] + whole[12:] + whole[-1:]
     assert steps_again == steps and len(set(steps)) == len(whole) - 1
     trained = [line for line in whole if line.startswith(("stage", "eval_ocr"))]
     assert len(trained) == 5 and all("--resume --save-every 50" in line for line in trained)
