@@ -20,6 +20,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that ours are found from any folder
 
@@ -154,6 +155,20 @@ def draw_words(out: Path, each: int = 4) -> None:
     plt.close(figure)
 
 
+def draw_first(out: Path, width: int = 1000) -> None:
+    """OUT/first.jpg, which README shows: attention of [CLS], then boxes, of one scene, before and after."""
+    scenes = sorted((out / "figures" / "predict").glob("*_detection.png"))[1:2]
+    attention = [out / "figures" / "attention" / path.name.replace("_detection", "") for path in scenes]
+    if not all(path.is_file() for path in scenes + attention) or not scenes:
+        return
+    parts = [open_picture(path) for path in attention + scenes]
+    parts = [part.resize((width, part.height * width // part.width)) for part in parts]
+    both = Image.new("RGB", (width, sum(part.height for part in parts)))
+    for part, top in zip(parts, (0, parts[0].height), strict=True):
+        both.paste(part, (0, top))
+    both.save(out / "first.jpg", quality=85)
+
+
 def markdown(parts: list[tuple], out: Path) -> str:
     lines = ["# ViSFT, the demo", ""]
     for kind, *rest in parts:
@@ -200,6 +215,7 @@ def main() -> None:
         print(f"report.py: no folder {args.out}: runs/demo.sh makes it", file=sys.stderr)
         sys.exit(2)
     parts = sections(args.out)
+    draw_first(args.out)
     for name, content in (("report.md", markdown(parts, args.out)), ("report.html", page(parts))):
         part = args.out / f"{name}.tmp"
         part.write_text(content)

@@ -304,6 +304,20 @@ def test_report_shows_words_of_each_outcome(tmp_path, monkeypatch):
     ]
 
 
+def test_the_first_picture_is_attention_above_boxes_of_the_second_scene(tmp_path):
+    for kind, name, size, color in (
+        ("attention", "2", (50, 20), "red"), ("predict", "2_detection", (100, 30), "blue"),
+        ("predict", "1_detection", (10, 10), "white"), ("attention", "1", (10, 10), "white"),
+    ):  # fmt: skip
+        (tmp_path / "figures" / kind).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", size, color).save(tmp_path / "figures" / kind / f"{name}.png")
+    report.draw_first(tmp_path, width=200)
+    picture = np.asarray(Image.open(tmp_path / "first.jpg"))
+    assert picture.shape == (80 + 60, 200, 3)
+    assert (picture[5, 5] > [200, -1, -1]).all() and (picture[-5, -5] > [-1, -1, 200]).all()
+    assert picture[5, 5, 2] < 50 and picture[-5, -5, 0] < 50
+
+
 def demo(*arguments, **environment) -> subprocess.CompletedProcess:
     path = f"{ROOT / '.venv' / 'bin'}:{os.environ['PATH']}"
     return subprocess.run(
