@@ -152,7 +152,7 @@ def test_lora_is_identity_then_reaches_the_first_block_and_merges(row, made):
 
 @every
 def test_both_stages_run(row, made, scenes, run, tmp_path):
-    """That the loss falls is test_stages.py's to say: here LoRA of every block is trained and kept."""
+    """That the loss falls is test_real_stages.py's to say: here LoRA of every block is trained and kept."""
     weights, _ = made(row)
     options = {"model": row.model, "weights": weights, "data-fraction": 0.2, "iters": 2}
     code, _, err = run("stage1_heads", *stage1(scenes, tmp_path / "one", **options))
