@@ -1,6 +1,6 @@
 """The fault drill: what goes wrong on long runs. It is said, and nothing is lost but what no checkpoint has.
 
-The disk is full, the last checkpoint or images are damaged, a loader worker is lost. Ranks: test_lost_ranks.py
+The disk is full, the last checkpoint or images are damaged, a loader is lost. Ranks: test_lost_ranks.py
 """
 
 import json
