@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${1:-out/heads}
 shift || true
-[ $# -gt 0 ] || set -- captioning detection segmentation panoptic pose
+[ $# -gt 0 ] || set -- captioning detection segmentation # and, when named, panoptic and pose
 WORLD=$OUT/world
 M=(--model eva_mini.px112 --weights demo/eva_mini_clip.safetensors --coco "$WORLD/coco" --size 112)
 TRAIN=(--batch 16 --lr 4e-4 --warmup 200 --workers 0 --cache "$OUT/features" --save-every 500 --resume)
