@@ -53,8 +53,10 @@ class LoRALinear(nn.Linear):
         a = F.linear(x, self.lora_A.to(x.dtype)) * (self.alpha / self.rank)  # (..., n r)
         B = self.lora_B.to(x.dtype).chunk(len(self.updated))
         updates = [F.linear(u, b) for u, b in zip(a.split(self.rank, -1), B, strict=True)]  # n of (..., rows)
-        block, zeros = dict(zip(self.updated, updates, strict=True)), torch.zeros_like(updates[0])
-        BAx = torch.cat([block.get(i, zeros) for i in range(self.blocks)], -1)  # (..., D_out)
+        BAx = updates[0]
+        if self.blocks > 1:
+            block, zeros = dict(zip(self.updated, updates, strict=True)), torch.zeros_like(BAx)
+            BAx = torch.cat([block.get(i, zeros) for i in range(self.blocks)], -1)  # (..., D_out)
         if BAx.dtype.itemsize > 2:
             return F.linear(x, self.weight, self.bias) + BAx
         # In 16 bit the product adds all in fp32 and rounds once. Added to an h that is rounded already, what
