@@ -30,8 +30,8 @@ CASES = {  # M and the options of its head
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--iters", type=int, default=13, help="steps of a run")
-    p.add_argument("--rounds", type=int, default=3, help="runs of each, by turns")
+    p.add_argument("--iters", type=int, default=9, help="steps of a run")
+    p.add_argument("--rounds", type=int, default=2, help="runs of each, by turns")
     p.add_argument("--batch", type=int, default=16)
     p.add_argument("--size", type=int, default=224, help="px of M's pictures; the demo's M: half")
     args = p.parse_args()
