@@ -40,7 +40,7 @@ QUICK = {  # the shortest run that still goes everywhere
     "growth": ["--reps", 1, "--out", "out/growth"],
     "kept": ["--iters", 4, "--rounds", 1, "--batch", 2, "--size", 32],
     "loaders": ["--iters", 10, "--skip", 2, "--image-scale", 0.2],  # segmentation is drawn once
-    "loading": ["--model", "vit_tiny_patch16_224.augreg_in21k", "--layers", 1],
+    "loading": ["--model", "vit_small_patch14_dinov2.lvd142m", "--layers", 1],
     "lora": ["--reps", 2, "--blocks", 1, "--images", 4],
     "memory": ["--models", "eva_mini", "--blocks", 0],
     "mask2former": ["--side", 16, "--repeats", 1],
