@@ -133,7 +133,7 @@ def main() -> None:
     fixed = dict(size=(224, 224), charset=36, seed=0, lr=1e-4, warmup=0, resume=False)
     fixed |= dict(save_every=10**9, log_every=10**9, lora=None, no_cls=False, imagenet_norm=False)
     fixed |= dict(cache=None)
-    settings = Namespace(**vars(args), **fixed, backbone_dtype="auto")
+    settings = Namespace(**vars(args), **fixed, backbone_dtype="auto", weights="random")
     ranks = start(settings, p)
     with tempfile.TemporaryDirectory() as folder:
         pictures = write_set(Path(folder) / "set", args.words)
