@@ -60,7 +60,8 @@ follow() { # follow LOG: show what the lane does that writes it, until that ends
     echo "== Beside that:"
     tail -n 1 -f "$1" & following=$!
     wait "$last"
-    kill "$following"
+    kill "$following" 2> /dev/null || true
+    following=
 }
 
 WORLD=$OUT/world

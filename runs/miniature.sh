@@ -10,7 +10,7 @@
 set -euo pipefail
 OUT=${1:-${OUT:-out/miniature}} SEEDS=${SEEDS:-5} ROW_SEEDS=${ROW_SEEDS:-3} PARTS=" ${PARTS:-more fault rows steps choose} "
 MINIATURE=$OUT
-echo "== On two cores the main effect takes 35 to 50 minutes, all parts 90 to 150; $SEEDS seeds, rows and controls $ROW_SEEDS"
+echo "== The main effect takes the time of $SEEDS demos on larger test sets, all parts hours; rows and controls: $ROW_SEEDS seeds"
 STARTED=$SECONDS
 VAL=1008
 source "$(dirname "$0")/demo.sh" "$MINIATURE/demo" # the main effect: the demo, with more seeds; and its settings
@@ -87,7 +87,7 @@ more() { # more SEED: what the main effect has beside the demo's: losses, galler
     for k in 1 2; do
         once "$run/ocr_$k/result.json" python eval_ocr.py "${M[@]}" "${READER[@]}" --seed "$(($1 + 10 * k))" \
             --compare "$run/visft/lora.safetensors" --cache "$run/features_$k" --out "$run/ocr_$k"
-        rm -rf "$run/features_$k" # 0.4 GB for each M that read words
+        rm -rf "$run/features_$k" # 0.2 GB for each M that read words
     done
 }
 

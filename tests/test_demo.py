@@ -48,8 +48,10 @@ def clip(tmp_path_factory):
         os.chdir(here)
 
 
-def test_the_file_is_small():
+def test_the_files_are_small():
+    heads = (ROOT / "demo" / "heads").glob("*.safetensors")
     assert WEIGHTS.stat().st_size <= 12e6
+    assert sum(path.stat().st_size for path in (WEIGHTS, *heads)) <= 40e6
 
 
 @torch.no_grad()
@@ -335,7 +337,7 @@ while [ $# -gt 1 ]; do [ "$1" = --out ] && break; shift; done
 out=${2:-/dev/null}
 [ "$out" = /dev/null ] && exit
 mkdir -p "$out" && cd "$out" && task=$(basename "$out")
-touch result.json {lora,captioning,$task}.safetensors curves.png 4.png 4_captioning.png
+touch {result.json,log.jsonl} {lora,captioning,$task}.safetensors curves.png 4.png 4_captioning.png
 """
 STOPPED = ["stage1_heads.py", "eval_heads.py", "eval_ocr.py"]
 
@@ -369,6 +371,24 @@ def test_demo_goes_on_where_it_was_interrupted(tmp_path):
     assert sorted(beside) == sorted(whole) and sorted(steps_beside) == sorted(steps)
     stopped, _ = calls("stopped", 5, 0, jobs=2)  # what runs beside the one that stops is stopped with it
     assert {*stopped} == {*whole}
+
+
+def test_demo_trains_heads_where_asked(tmp_path):
+    """By runs/heads.sh, three of them, on a world of their own; stage 2 goes through these, in fp16."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text(STUB)
+    (tmp_path / "bin" / "python").chmod(0o755)
+    log, path = tmp_path / "calls.txt", f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    done = demo(tmp_path / "out", PATH=path, CALLS=str(log), STOP="0", HEADS="train", JOBS="1")
+    assert done.returncode == 0, done.stderr
+    lines = log.read_text().replace(str(tmp_path / "out"), "OUT").splitlines()
+    assert "demo/world.py OUT/heads/world --train 24000 --words 64" in lines
+    trained = [line.split()[2] for line in lines if line.startswith("stage1_heads.py")]
+    assert sorted(trained) == ["captioning", "captioning", "detection", "segmentation"]
+    halves = [line.split()[-1] for line in lines if line.startswith("demo/miniature.py half")]
+    assert sorted(halves) == [f"OUT/heads/half/{task}.safetensors" for task in sorted({*trained})]
+    (second,) = [line for line in lines if line.startswith("stage2_lora.py")]
+    assert "--heads OUT/heads/half " in second
 
 
 def test_demo_leaves_what_is_not_its_own_alone(tmp_path):

@@ -18,7 +18,8 @@ import backbone as vit
 import files
 import lora
 import tasks
-from demo import miniature, world
+from data.stream import collate
+from demo import losses, miniature, world
 from tests.test_demo import STUB
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -203,6 +204,36 @@ case "$1 $2" in
 esac
 [[ -n $FAIL && $* == *$FAIL* ]] && { echo "out of luck"; exit 1; }
 """
+
+
+def test_held_out_losses_are_the_heads_own(tmp_path, monkeypatch):
+    """Two scenes: the loss of a caption by the committed head, of M without dW and with one."""
+    world.write(tmp_path, "val2017", 2, 112, seed=0)
+    M = vit.load(*losses.M)
+    torch.manual_seed(0)
+    lora.attach(M.vit, rank=2, alpha=8)
+    for name, value in lora.parameters(M.vit).items():
+        torch.nn.init.normal_(value, std=0.5) if name.endswith("B") else None
+    lora.save(M.vit, tmp_path / "lora.safetensors")
+    monkeypatch.setattr(losses, "TASKS", ["captioning"])
+    heads, out = ROOT / "demo" / "heads", tmp_path / "out"
+    command = ["losses.py", heads, tmp_path, tmp_path / "lora.safetensors", "--out", out]
+    monkeypatch.setattr(sys, "argv", list(map(str, command)))
+    losses.main()
+    (row,) = json.loads((out / "result.json").read_text())["rows"]
+    head = tasks.load_head(heads / "captioning.safetensors", 192)
+    words = head.config["vocabulary"]
+    stream = tasks.find("captioning").Stream(tmp_path, "val2017", size=112, vocabulary=words)
+    for variant in ("before", "after"):
+        lora.switch(M.vit, on=variant == "after")
+        expected = []
+        for k in range(2):
+            torch.manual_seed(k)
+            images, valid, y = collate([stream.read(k, 14)], 14, M.mean, M.std)
+            with torch.no_grad():
+                expected.append(head.loss(M(images, valid), y)[0].item())
+        assert row[variant] == pytest.approx(sum(expected) / 2, rel=1e-5)
+    assert row["n"] == 2 and abs(row["difference"]) > 0.01
 
 
 def test_the_runs_are_all_made_once_and_a_failure_stops_them(tmp_path):
