@@ -37,6 +37,8 @@ def main() -> None:
     add("--probs", nargs="+", type=float, help=probs)
     add("--rank", type=int, default=64, help="r of LoRA (Sec. 3.2: 64; Table 9)")
     add("--lora-alpha", type=float, default=1.0, help="LoRA's scale x rank (the release: 1; Eq. 1: the rank)")
+    of_blocks = "train dW of blocks FIRST to LAST alone, from 0 (default: all; a control: not in the paper)"
+    add("--lora-blocks", nargs=2, type=int, metavar=("FIRST", "LAST"), help=of_blocks)
     add("--full", action="store_true", help="all of M in LoRA's place (a control: not in the paper)")
     words = "captioning: the words of the head; others are <unk> (default: the data must make the same words)"
     add("--head-words", action="store_true", help=words)
@@ -63,7 +65,7 @@ def main() -> None:
     tasks.check_size(args)
     check_backbone_options(args)
     if args.full:
-        refuse_unused(args, p, "rank lora_alpha", "with --full, which tunes all of M")
+        refuse_unused(args, p, "rank lora_alpha lora_blocks", "with --full, which tunes all of M")
     if args.head_words and "captioning" not in args.tasks:
         raise ValueError("--head-words has no effect without captioning among the --tasks")
     if args.rank < 1 or not args.lora_alpha > 0 or not args.head_lr_ratio >= 0:
@@ -97,7 +99,7 @@ def main() -> None:
         trained = dict(backbone.vit.requires_grad_().named_parameters())
     else:
         lora.attach(backbone.vit, args.rank, args.lora_alpha)
-        trained = lora.parameters(backbone.vit)
+        trained = in_blocks(lora.parameters(backbone.vit), args.lora_blocks, len(backbone.vit.blocks))
     groups = [{"params": list(trained.values()), "peak": args.lr}]
     # Sec. 4.2: gradient checkpointing. The gradients are the same, bit for bit, for any number of blocks
     backbone.recompute = None if args.checkpoint_blocks == "auto" else int(args.checkpoint_blocks)
@@ -167,6 +169,17 @@ def main() -> None:
                         tasks.save_head(head, out / f"{task}.safetensors", task, **header)
             run.save(step + 1)
     log.say([f"{out}: {'M' if args.full else 'dW'}* after {args.iters} steps"])
+
+
+def in_blocks(parameters: dict, wanted: list[int] | None, depth: int) -> dict:
+    """A and B of blocks FIRST to LAST; dW of the others stays 0, their A and B frozen. Raises ValueError."""
+    first, last = wanted or (0, depth - 1)
+    if not 0 <= first <= last < depth:
+        raise ValueError(f"--lora-blocks {first} {last}: M has the blocks 0 to {depth - 1}")
+    inside = {n: p for n, p in parameters.items() if first <= int(n.split(".")[1]) <= last}
+    for name in parameters.keys() - inside.keys():
+        parameters[name].requires_grad_(False)
+    return inside
 
 
 def task_probs(chosen: list[str], probs: list[float] | None) -> list[float]:

@@ -218,6 +218,13 @@ if part choose; then
     both choose alpha_32 --lora-alpha 32
     both choose equal_gradients --equal-gradients
     both choose captions_alone --tasks captioning --batch 16
+    both choose equal_gradients_500 --equal-gradients --iters 500
+    both choose captions_alone_500 --tasks captioning --batch 16 --iters 500
+    both choose rank_32 --rank 32 --lora-alpha 32
+    both choose captions_often --probs 0.15 0.15 0.7
+    both choose first_blocks --lora-blocks 0 2
+    both choose last_blocks --lora-blocks 3 5
+    both choose steps_1000 --iters 1000
     ended choose
 fi
 echo "== demo/README.md"

@@ -299,6 +299,28 @@ def test_defaults_are_the_papers(monkeypatch, capsys):
     assert (two.save_every, two.lora_alpha, two.head_lr_ratio) == (5000, 1.0, 0.0)
 
 
+def test_lora_blocks_train_alone_and_the_others_stay(scenes, head, tmp_path, run):
+    """The control. The file has all blocks, as any other; resumed it ends with the same bits."""
+
+    def part(out, first=2, last=3, **changed) -> list:
+        return [*stage2(scenes, tmp_path / out, head, iters=4, **changed), "--lora-blocks", first, last]
+
+    assert run("stage2_lora", *part("a"))[0] == 0
+    dW = load_file(tmp_path / "a" / "lora.safetensors")
+    tuned = {int(name.split(".")[1]) for name, B in dW.items() if name.endswith("lora_B") and B.any()}
+    assert tuned == {2, 3} and len(dW) == 12
+
+    assert run("stage2_lora", *part("b", **{"save-every": 2}))[0] == 0
+    (tmp_path / "b" / "previous.pt").replace(tmp_path / "b" / "last.pt")  # as after two steps
+    assert run("stage2_lora", *part("b", **{"save-every": 2}), "--resume")[0] == 0
+    resumed = load_file(tmp_path / "b" / "lora.safetensors")
+    assert all(torch.equal(resumed[name], value) for name, value in dW.items())
+
+    for first, last in ((3, 2), (0, 6), (-1, 2)):
+        code, _, err = run("stage2_lora", *part("c", first, last))
+        assert code == 2 and f"--lora-blocks {first} {last}: M has the blocks 0 to 5" in err
+
+
 def test_full_tunes_all_of_m_and_no_lora(scenes, head, tmp_path, run):
     """The control. M's file is M's own, tuned, and resumed it ends with the same bits."""
 
