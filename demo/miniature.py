@@ -4,6 +4,7 @@
     python demo/miniature.py twice LORA OUT           # dW at twice its scale: a planted fault
     python demo/miniature.py graft M OUT              # the demo's CLIP with M as its vision tower
     python demo/miniature.py half HEAD OUT            # a head file in fp16
+    python demo/miniature.py choice OUT               # the settings that were tried, and which is chosen
     python demo/miniature.py report OUT               # demo/README.md and its figures, from all results
 
 runs/miniature.sh calls it. A difference is `after` less `before` of the same seed, on the same test items;
@@ -40,7 +41,19 @@ METRICS = [  # evaluation, metric, what the tables call it; for every set of the
     ("retrieval", "TR@5", "image to text, R@5"),
     ("retrieval", "IR@1", "text to image, R@1"),
     ("retrieval", "IR@5", "text to image, R@5"),
+    ("probe", "top-1", "probe of a sign's word (a diagnostic)"),
 ]
+MAIN = {  # the claim is about these
+    ("ocr", "all sets found", "accuracy"): "OCR, words right in all sets",
+    ("goi", "val", "top-1"): "GOI, top-1",
+    ("zeroshot", "shifted", "acc1"): "zero-shot, top-1 of shifted things",
+    ("retrieval", "coco", "R@1"): "retrieval, R@1 both ways",
+}
+KEPT = {  # and that these fall by a point at most
+    ("zeroshot", "plain", "acc1"): "zero-shot, top-1 of plain things",
+    ("retrieval", "coco", "TR@1"): "image to text, R@1",
+    ("retrieval", "coco", "IR@1"): "text to image, R@1",
+}
 ROWS = {  # title: rows of runs/miniature.sh; `default` are the runs of the main effect
     "Table 9, rank r (scale 1)": ["rank4", "default", "rank16", "rank64"],
     "Table 10, part of the training data": ["data25", "data50", "default"],
@@ -123,9 +136,11 @@ def half(head: Path, out: Path) -> None:
 
 
 def scores(folder: Path) -> dict[tuple, dict]:
-    """(evaluation, set, metric) -> {before, after} of one seed; `shifted`: the mean over shifted classes.
+    """(evaluation, set, metric) -> {before, after, items} of one seed.
 
-    Of several runs of an evaluation, as in `ocr` and `ocr_1`, the mean.
+    items: half of the 95% interval of the difference over items, None where there is none
+    Of several runs of an evaluation, as in `ocr` and `ocr_1`, the mean. `shifted` is the mean over shifted
+    classes, R@1 that of both ways.
     """
     found, runs = {}, {}
     for path in sorted(folder.glob("*/result.json")):
@@ -133,12 +148,22 @@ def scores(folder: Path) -> dict[tuple, dict]:
         for r in json.loads(path.read_text())["rows"]:
             runs.setdefault((name, r["set"], r["metric"]), []).append(r)
     for key, rows in runs.items():
-        values = {v: [r[v] for r in rows] for v in ("before", "after")}
-        found[key] = {v: None if None in x else statistics.mean(x) for v, x in values.items()}
-    others = [v for (e, s, m), v in found.items() if (e, m) == ("zeroshot", "acc1") and s != "plain"]
-    for variant in ("before", "after") if others else ():
-        mean = statistics.mean(o[variant] for o in others) if others[0][variant] is not None else None
-        found.setdefault(("zeroshot", "shifted", "acc1"), {})[variant] = mean
+        for r in rows:
+            r["items"] = None if r.get("low") is None else (r["high"] - r["low"]) / 2
+        found[key] = mean_of(rows, other_items=key[0] == "retrieval")
+    if shifted := [v for (e, s, m), v in found.items() if (e, m) == ("zeroshot", "acc1") and s != "plain"]:
+        found["zeroshot", "shifted", "acc1"] = mean_of(shifted, other_items=True)
+    if ways := [found[key] for key in list(KEPT)[1:] if key in found]:
+        found["retrieval", "coco", "R@1"] = mean_of(ways, other_items=False)  # the same pictures
+    return found
+
+
+def mean_of(rows: list[dict], other_items: bool) -> dict:
+    """Before and after, and half the interval over items: independent, or as if all moved together."""
+    values = {v: [r[v] for r in rows] for v in ("before", "after", "items")}
+    found = {v: None if None in x else statistics.mean(x) for v, x in values.items()}
+    if other_items and found["items"] is not None:
+        found["items"] = sum(half**2 for half in values["items"]) ** 0.5 / len(rows)
     return found
 
 
@@ -204,13 +229,45 @@ def main_block(main: list[dict], side: list[dict] | None = None) -> list[str]:
     """The main effect; side: the runs of the same dW under a planted fault."""
     lines = []
     for key, title in told_of(main):
-        before, after = (statistics.mean(s[key][v] for s in main) for v in ("before", "after"))
-        line = [title, f"{before:.1f}", f"{after:.1f}", told(differences(main, main, key))]
+        line = effect(main, key, title)
         if side is not None:
             line.append(told(against(main, side, main, key)) if key in side[0] else "-")
         lines.append(line)
     fault = [] if side is None else ["the fault, less without it"]
-    return table(["", "before", "after", "difference, 95%", *fault], lines)
+    return table([*EFFECT, *fault], lines)
+
+
+EFFECT = ["", "before", "after", "difference, 95% over seeds", "over items"]
+
+
+def effect(main: list[dict], key: tuple, title: str) -> list[str]:
+    """Of a metric: its scores, the difference and its interval over seeds, that over items of one seed."""
+    if key not in main[0]:
+        return [title, "-", "-", "-", "-"]
+    scores = [f"{statistics.mean(s[key][v] for s in main):.1f}" for v in ("before", "after")]
+    items = [s[key]["items"] for s in main if s[key]["items"] is not None]
+    over_items = f"± {statistics.mean(items):.1f}" if items else "-"
+    return [title, *scores, told(differences(main, main, key)), over_items]
+
+
+def claim(main: list[dict]) -> list[str]:
+    """The claim, by the rule that was written down before: a table of its rows, and whether it holds."""
+    known = {key: differences(main, main, key) for key in (*MAIN, *KEPT) if key in main[0]}
+    if not {*MAIN, *KEPT} <= known.keys():
+        return ["Not run yet in this world.", ""]
+    rise = [title for key, title in MAIN.items() if (of := interval(known[key]))[0] > of[1]]
+    fall = [title for key, title in KEPT.items() if interval(known[key])[0] < -1]
+    holds = len(rise) >= 2 and not fall
+    words = f"Of the four main rows {len(rise)} rise by more than their interval over {len(main)} seeds"
+    words += f" ({'; '.join(rise)}). " if rise else ". "
+    words += (
+        f"More than a point is lost in: {'; '.join(fall)}. "
+        if fall
+        else "No more than a point is lost elsewhere. "
+    )
+    words += f"By the rule the claim **{'holds' if holds else 'does not hold'}** in this miniature."
+    lines = [effect(main, key, title) for key, title in (*MAIN.items(), *KEPT.items())]
+    return [*table(EFFECT, lines), words, ""]
 
 
 def heads_block(demo: Path, main: list[dict]) -> list[str]:
@@ -250,11 +307,11 @@ def rows_block(out: Path, main: list[dict]) -> list[str]:
 def against_default(out: Path, main: list[dict]) -> list[str]:
     """Sentences: where a row differs from the default (or, the fault, from the same dW without it).
 
-    That is by more than its interval over the seeds.
+    That is by more than its interval over the seeds. The last one says which controls show the test's power.
     """
-    lines = []
-    for name in dict.fromkeys(n for names in ROWS.values() for n in names if n != "default"):
-        runs, found = seeds_of(out / "rows" / name), []
+    lines, told_in = [], {}
+    for name in [*dict.fromkeys(n for names in ROWS.values() for n in names if n != "default"), "fault"]:
+        runs, found = seeds_of(out / "fault" if name == "fault" else out / "rows" / name), []
         base = seeds_of(out / "rows" / "alpha32") if name == "fault32" else main
         for key, heading in zip(SHORT, HEADINGS, strict=True) if len(runs) > 1 else ():
             mean, half = interval(against(main, runs, base, key))
@@ -263,7 +320,14 @@ def against_default(out: Path, main: list[dict]) -> list[str]:
         if runs:
             title = "fault32, against alpha32" if name == "fault32" else name.replace("_", " ")
             lines.append(f"- {title}: {'; '.join(found) or 'no difference that its seeds can tell'}")
-    return [*lines, ""]
+            told_in[name] = len(found)
+    controls = [name for name in [*ROWS["Controls"][1:], "fault"] if name in told_in]
+    ways = {
+        "can be told": [n for n in controls if told_in[n] >= 3],
+        "cannot": [n for n in controls if told_in[n] < 3],
+    }
+    power = "; ".join(f"{way}: {', '.join(names).replace('_', ' ')}" for way, names in ways.items() if names)
+    return [*lines, "", f"By the rule, from the default in three rows or more, of the controls {power}.", ""]
 
 
 def verdict(main: list[dict]) -> list[str]:
@@ -355,7 +419,10 @@ def forest(main: list[dict], path: Path) -> None:
 
 
 def report(out: Path, readme: Path) -> None:
-    """Fill the blocks of demo/README.md between their marks, and draw its figures beside it."""
+    """Fill the blocks of demo/README.md between their marks, and draw its figures beside it.
+
+    The claim's block is in the README of the folder above, too.
+    """
     main = seeds_of(out / "demo")
     if not main:
         raise ValueError(f"{out}/demo holds no results: runs/miniature.sh makes them")
@@ -363,6 +430,7 @@ def report(out: Path, readme: Path) -> None:
     blocks = {
         "log": log_block(),
         "choice": choice_block(out),
+        "claim": claim(main),
         "main": ["![main effect](main.png)", "", *main_block(main, fault or None)],
         "curves": ["![gain against steps and alpha](curves.png)", ""],
         "verdict": verdict(main),
@@ -372,16 +440,17 @@ def report(out: Path, readme: Path) -> None:
         "settings": [f"`{json.loads((out / 'settings.json').read_text())['stage2']}`", ""],
         "times": times_block(out / "seconds.tsv"),
     }
-    text = readme.read_text()
-    for name, lines in blocks.items():
-        before, mark, rest = text.partition(f"<!-- {name} -->\n")
-        _, end, after = rest.partition("<!-- end -->")
-        if not (mark and end):
-            raise ValueError(f"{readme} has no block <!-- {name} --> ... <!-- end -->")
-        text = before + mark + "\n".join(["", *lines]) + end + after
-    part = readme.with_suffix(".tmp")
-    part.write_text(text)
-    part.replace(readme)
+    for page, names in {readme: blocks, readme.parent.with_name(readme.name): ["claim"]}.items():
+        text = page.read_text()
+        for name in names:
+            before, mark, rest = text.partition(f"<!-- {name} -->\n")
+            _, end, after = rest.partition("<!-- end -->")
+            if not (mark and end):
+                raise ValueError(f"{page} has no block <!-- {name} --> ... <!-- end -->")
+            text = before + mark + "\n".join(["", *blocks[name]]) + end + after
+        part = page.with_suffix(".tmp")
+        part.write_text(text)
+        part.replace(page)
     forest(main, readme.with_name("main.png"))
     curves(out, main, readme.with_name("curves.png"))
     print(f"{readme}: {len(main)} seeds")
@@ -389,11 +458,13 @@ def report(out: Path, readme: Path) -> None:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=["shuffle", "twice", "graft", "half", "report"])
+    p.add_argument("what", choices=["shuffle", "twice", "graft", "half", "choice", "report"])
     p.add_argument("paths", nargs="+", type=Path)
     args = p.parse_args()
     try:
-        if args.what == "report":
+        if args.what == "choice":
+            print("\n".join(choice_block(args.paths[0])))
+        elif args.what == "report":
             report(args.paths[0], args.paths[1] if len(args.paths) > 1 else README)
         else:
             {"shuffle": shuffle, "twice": twice, "graft": graft, "half": half}[args.what](*args.paths)

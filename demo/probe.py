@@ -1,10 +1,11 @@
-"""What M's patches tell of a sign's word: a linear probe, a diagnostic.
+"""What M's patches, and its [CLS], tell of a sign's word: linear probes, a diagnostic.
 
     python demo/probe.py --weights demo/eva_mini_clip.safetensors
+    python demo/probe.py --lora out/visft/lora.safetensors        # before and after
 
 Signs that say one of world.COMMON, alone before something; M's patches under the sign, brought to 2 x 6 cells
-(RoIAlign), are what a linear classifier reads. Prints its top-1 on signs that it was not trained on, the same
-of [CLS], and chance.
+(RoIAlign), are what a linear classifier reads. Its top-1 on signs that it was not trained on; chance is 2%.
+Writes OUT/result.json, rows as the evaluations have them.
 """
 
 import argparse
@@ -18,9 +19,11 @@ from torchvision.ops import roi_align
 from torchvision.transforms.v2.functional import normalize
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import common  # noqa: E402
-
 import backbone as vit  # noqa: E402
+import evaluation  # noqa: E402
+import files  # noqa: E402
+import lora  # noqa: E402
+import ranks  # noqa: E402
 from demo import world  # noqa: E402
 
 SIDE = 112
@@ -55,8 +58,8 @@ def features(backbone: vit.Backbone, seed: int, count: int) -> tuple[torch.Tenso
     return torch.cat(patches), torch.cat(tokens), torch.tensor(words)
 
 
-def top1(x: torch.Tensor, y: torch.Tensor, x_test: torch.Tensor, y_test: torch.Tensor) -> float:
-    """In percent, of a linear classifier trained on x (n, D) and y (n,)."""
+def right(x: torch.Tensor, y: torch.Tensor, x_test: torch.Tensor, y_test: torch.Tensor) -> np.ndarray:
+    """(m,) which of x_test a linear classifier names that was trained on x (n, D) and y (n,)."""
     mean, deviation = x.mean(0), x.std(0).clamp(min=1e-6)
     x, x_test = (x - mean) / deviation, (x_test - mean) / deviation
     W = torch.zeros(x.shape[1], len(world.COMMON), requires_grad=True)
@@ -69,7 +72,7 @@ def top1(x: torch.Tensor, y: torch.Tensor, x_test: torch.Tensor, y_test: torch.T
         return value
 
     optimizer.step(loss)
-    return 100 * float(((x_test @ W).argmax(1) == y_test).float().mean())
+    return ((x_test @ W).argmax(1) == y_test).numpy()
 
 
 def main() -> None:
@@ -78,13 +81,22 @@ def main() -> None:
     p.add_argument("--weights", default="demo/eva_mini_clip.safetensors", help="a file, or random")
     p.add_argument("--train", type=int, default=4000, help="signs that the probe is trained on")
     p.add_argument("--test", type=int, default=1000, help="signs that it reads")
+    p.add_argument("--lora", type=Path, help="dW, to be compared with M as it is")
+    p.add_argument("--out", type=Path, default=Path("out/probe"))
     args = p.parse_args()
-    backbone = vit.load(args.model, args.weights)
-    of_patches, of_cls, y = features(backbone, 1, args.train)
-    test_patches, test_cls, y_test = features(backbone, 2, args.test)
-    print(f"patches {top1(of_patches, y, test_patches, y_test):.1f}")
-    print(f"[CLS] {top1(of_cls, y, test_cls, y_test):.1f}, chance {100 / len(world.COMMON):.1f}")
+    backbone, found = vit.load(args.model, args.weights), {"patches": {}, "[CLS]": {}}
+    if args.lora:
+        lora.load(backbone.vit, args.lora)
+    for variant in ("before", "after") if args.lora else ("before",):
+        lora.switch(backbone.vit, on=variant == "after")
+        *trained, y = features(backbone, 1, args.train)
+        *tested, y_test = features(backbone, 2, args.test)
+        for name, x, x_test in zip(found, trained, tested, strict=True):
+            found[name][variant] = right(x, y, x_test, y_test)
+    rows = [evaluation.result_row(name, "top-1", scores) for name, scores in found.items()]
+    print(evaluation.rows_table(rows))
+    files.write_json(args.out / "result.json", {"rows": rows})
 
 
 if __name__ == "__main__":
-    common.launch(main)
+    ranks.launch(main)

@@ -3,19 +3,20 @@
 # that the paper lacks. Fills demo/README.md with what it measures.
 #
 #     runs/miniature.sh [OUT]              # OUT is out/miniature
-#     PARTS=fault runs/miniature.sh        # the main effect and one part; PARTS: more fault rows steps choose
+#     PARTS=choose runs/miniature.sh       # a part alone; PARTS: choose main more fault rows steps
 #     ROWS="rank no_" runs/miniature.sh    # of the rows those whose names begin so
 #
 # What is done is not repeated: after an interruption the same command goes on where it stopped.
 set -euo pipefail
-OUT=${1:-${OUT:-out/miniature}} SEEDS=${SEEDS:-5} ROW_SEEDS=${ROW_SEEDS:-3} PARTS=" ${PARTS:-more fault rows steps choose} "
-MINIATURE=$OUT
+OUT=${1:-${OUT:-out/miniature}} SEEDS=${SEEDS:-5} ROW_SEEDS=${ROW_SEEDS:-3} PARTS=" ${PARTS:-choose main more fault rows steps} "
+MINIATURE=$OUT SEEDS_WANTED=$SEEDS
 echo "== The main effect takes the time of $SEEDS demos on larger test sets, all parts hours; rows and controls: $ROW_SEEDS seeds"
 STARTED=$SECONDS
 VAL=1008
+[[ $PARTS == *" main "* ]] || SEEDS=0
 source "$(dirname "$0")/demo.sh" "$MINIATURE/demo" # the main effect: the demo, with more seeds; and its settings
-MAIN=$OUT OUT=$MINIATURE
-printf '%s\t%s\n' main $((SECONDS - STARTED)) >> "$OUT/seconds.tsv"
+MAIN=$OUT OUT=$MINIATURE SEEDS=$SEEDS_WANTED
+[[ $PARTS != *" main "* ]] || printf '%s\t%s\n' main $((SECONDS - STARTED)) >> "$OUT/seconds.tsv"
 set -m # each run in the background is a process group of its own, which can be stopped whole
 stopped() {
     for job in $(jobs -p); do kill -- "-$job" 2> /dev/null || true; done
@@ -79,10 +80,11 @@ galleries() { # galleries FOLDER WORLD OPTIONS...: retrieval in each of the worl
     done
 }
 
-more() { # more SEED: what the main effect has beside the demo's: losses, galleries, OCR heads of two more seeds
+more() { # more SEED: what the main effect has beside the demo's: losses, probes, galleries, OCR heads of two more seeds
     local run=$MAIN/seed$1 k
     once "$run/losses/result.json" python demo/losses.py "$HEADS" "$WORLD/coco" "$run/visft/lora.safetensors" \
         --out "$run/losses"
+    once "$run/probe/result.json" python demo/probe.py --lora "$run/visft/lora.safetensors" --out "$run/probe"
     galleries "$run" "$WORLD" "${CLIP[@]}" --compare "$run/visft/lora.safetensors" --seed "$1" --workers 0
     for k in 1 2; do
         once "$run/ocr_$k/result.json" python eval_ocr.py "${M[@]}" "${READER[@]}" --seed "$(($1 + 10 * k))" \
@@ -132,6 +134,34 @@ more_clip() { # more_clip SEED: as many steps of contrastive pretraining as stag
         --seed "$((100 + $1))" --resume --out "$run/clip"
     score "$run" "$1" "$WORLD" none "$run/clip/eva_mini_clip.safetensors" "$run/clip/eva_mini_clip.safetensors"
 }
+
+# Settings of stage 2, on a world that nothing else sees
+if part choose; then
+    once "$OUT/validation/goi/val.jsonl" bash -c "rm -rf '$OUT/validation' && python demo/world.py '$OUT/validation' \
+        --seed 1000 --train 800 --words 64"
+    choose() { # choose NAME OPTIONS...
+        local run=$OUT/choose/$1
+        once "$run/visft/lora.safetensors" python stage2_lora.py --tasks "${TASKS[@]}" --heads "$HEADS" "${STAGE2[@]}" \
+            --head-words "${@:2}" --out "$run/visft"
+        score "$run" 0 "$OUT/validation" "$run/visft/lora.safetensors"
+    }
+    both score "$OUT/choose/M_alone" 0 "$OUT/validation" none
+    both choose default
+    both choose lr_3e-4 --lr 3e-4
+    both choose lr_3e-3 --lr 3e-3
+    both choose steps_500 --iters 500
+    both choose alpha_32 --lora-alpha 32
+    both choose equal_gradients --equal-gradients
+    both choose captions_alone --tasks captioning --batch 16
+    both choose equal_gradients_500 --equal-gradients --iters 500
+    both choose captions_alone_500 --tasks captioning --batch 16 --iters 500
+    both choose rank_32 --rank 32 --lora-alpha 32
+    both choose captions_often --probs 0.15 0.15 0.7
+    both choose first_blocks --lora-blocks 0 2
+    both choose last_blocks --lora-blocks 3 5
+    both choose steps_1000 --iters 1000
+    ended choose
+fi
 
 if part more; then
     for ((seed = 0; seed < SEEDS; seed++)); do both more "$seed"; done
@@ -200,32 +230,9 @@ if part steps; then
     ended steps
 fi
 
-# Settings of stage 2, on a world that nothing else sees
-if part choose; then
-    once "$OUT/validation/goi/val.jsonl" bash -c "rm -rf '$OUT/validation' && python demo/world.py '$OUT/validation' \
-        --seed 1000 --train 800 --words 64"
-    choose() { # choose NAME OPTIONS...
-        local run=$OUT/choose/$1
-        once "$run/visft/lora.safetensors" python stage2_lora.py --tasks "${TASKS[@]}" --heads "$HEADS" "${STAGE2[@]}" \
-            --head-words "${@:2}" --out "$run/visft"
-        score "$run" 0 "$OUT/validation" "$run/visft/lora.safetensors"
-    }
-    both score "$OUT/choose/M_alone" 0 "$OUT/validation" none
-    both choose default
-    both choose lr_3e-4 --lr 3e-4
-    both choose lr_3e-3 --lr 3e-3
-    both choose steps_500 --iters 500
-    both choose alpha_32 --lora-alpha 32
-    both choose equal_gradients --equal-gradients
-    both choose captions_alone --tasks captioning --batch 16
-    both choose equal_gradients_500 --equal-gradients --iters 500
-    both choose captions_alone_500 --tasks captioning --batch 16 --iters 500
-    both choose rank_32 --rank 32 --lora-alpha 32
-    both choose captions_often --probs 0.15 0.15 0.7
-    both choose first_blocks --lora-blocks 0 2
-    both choose last_blocks --lora-blocks 3 5
-    both choose steps_1000 --iters 1000
-    ended choose
+if [ -e "$MAIN/seed0" ]; then
+    echo "== demo/README.md"
+    python demo/miniature.py report "$OUT"
+else
+    python demo/miniature.py choice "$OUT"
 fi
-echo "== demo/README.md"
-python demo/miniature.py report "$OUT"

@@ -16,7 +16,7 @@ for captions in "$WORLD"/coco/dataset_coco*.json; do
 done
 python eval_goi.py --model eva_mini.px112 --weights "$WEIGHTS" --train "$WORLD/goi/train.jsonl" \
     --val "$WORLD/goi/val.jsonl" --size 112 --workers 1 --out "$OUT/goi"
-python demo/probe.py --weights "$WEIGHTS" | tee "$OUT/probe.txt"
+python demo/probe.py --weights "$WEIGHTS" --out "$OUT/probe"
 python - "$OUT" << 'END' | tee "$OUT/scores.md"
 import json, sys
 from pathlib import Path
@@ -34,7 +34,6 @@ for title, way in (("image to text", "TR"), ("text to image", "IR")):
     print(f"| {title}, mean of {len(galleries)} galleries of 200 | {scores[0]:.1f} | {scores[1]:.1f} |")
 goi = [r["before"] for r in rows[out / "goi/result.json"]]
 print(f"| the marked thing, a probe of [CLS] on 4,000 | {goi[0]:.1f} | {goi[1]:.1f} |")
-for line in (out / "probe.txt").read_text().splitlines():
-    name, score = line.split(",")[0].split()
-    print(f"| a sign's word among 50, a probe of {name} | {score} | - |")
+for r in rows[out / "probe/result.json"]:
+    print(f"| a sign's word among 50, a probe of {r['set']} | {r['before']:.1f} | - |")
 END

@@ -19,24 +19,28 @@ import files
 import lora
 import tasks
 from data.stream import collate
-from demo import losses, miniature, world
+from demo import losses, miniature, probe, world
 from tests.test_demo import STUB
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def result(path: Path, rows: dict[tuple[str, str], tuple]) -> None:
-    """rows: (set, metric) -> (before, after)"""
+    """rows: (set, metric) -> (before, after); the interval over items is from a point less to two more."""
     path.mkdir(parents=True)
     lines = [dict(set=s, metric=m, before=b, after=a) for (s, m), (b, a) in rows.items()]
+    for row in lines:
+        gain = None if row["before"] is None else row["after"] - row["before"]
+        row |= dict(low=gain and gain - 1, high=gain and gain + 2)
     (path / "result.json").write_text(json.dumps({"rows": lines}))
 
 
 def results(folder: Path, gains: list[float], compared: bool = True) -> None:
-    """A folder of seeds whose every score goes from 40 to 40 and the gain."""
+    """A folder of seeds whose every score goes from 40 and the seed's number to that and the gain."""
     for seed, gain in enumerate(gains):
         scored = (40.0 + seed if compared else None, 40.0 + seed + gain)
         run = folder / f"seed{seed}"
+        result(run / "ocr", {("all sets found", "accuracy"): scored})
         result(run / "goi", {("val", "top-1"): scored, ("val", "top-5"): scored})
         classes = [(name, metric) for name in world.VARIANTS for metric in ("acc1", "acc5")]
         result(run / "zeroshot", dict.fromkeys(classes, scored))
@@ -74,7 +78,7 @@ def test_seeds_that_are_not_complete_are_left_out(tmp_path):
 
 
 def test_the_page_is_filled_and_filled_again(tmp_path):
-    out, page = tmp_path / "out", tmp_path / "README.md"
+    out, page = tmp_path / "out", tmp_path / "demo" / "README.md"
     results(out / "demo", [2.0, 3.0, 4.0])
     for task, metric in miniature.IN_DOMAIN.items():
         log = [json.dumps({f"{task}/loss": loss, f"{task}/grad_norm": 0.25}) for loss in (9, 8, 7, 3, 2, 1)]
@@ -103,11 +107,13 @@ def test_the_page_is_filled_and_filled_again(tmp_path):
         result(run / "retrieval", {("coco", m): (None, 20.0) for m in ("TR@1", "IR@1")})
     (out / "settings.json").write_text(json.dumps({"iters": 150, "alpha": 8, "stage2": "--iters 150"}))
     (out / "seconds.tsv").write_text("main\t60\nrows\t90\nrows\t30\n")
-    page.write_text((ROOT / "demo" / "README.md").read_text())
+    page.parent.mkdir()
+    for path in (page, tmp_path / "README.md"):
+        path.write_text((ROOT / path.relative_to(tmp_path)).read_text())
     miniature.report(out, page)
     text = page.read_text()
     for line in (
-        "| zero-shot, top-1, plain | 41.0 | 44.0 | **+3.0** ± 2.5 | **-12.0** ± 4.3 |",
+        "| zero-shot, top-1, plain | 41.0 | 44.0 | **+3.0** ± 2.5 | ± 1.5 | **-12.0** ± 4.3 |",
         "| lr 1e-3 (chosen) | 49.0 | 49.0 | 49.0 | 20.0 | 20.0 | 34.5 |",
         "| M alone | 50.0 | 50.0 | 50.0 | 20.0 | 20.0 | 35.0 |",
         "| captioning, CIDEr | 5.0 | 7.0 | +2.0 ± 0.0 | 2.000 | 1.890 | -0.110 ± 0.025 | 0.25 |",
@@ -118,10 +124,54 @@ def test_the_page_is_filled_and_filled_again(tmp_path):
         "- fault32, against alpha32: GOI top-1 -3.0 ± 2.5;",
     ):
         assert line in text
-    assert "- Stage 2 raises: GOI, top-1; GOI, top-5; zero-shot, top-1, plain" in text
-    assert (tmp_path / "main.png").stat().st_size > 5000 and (tmp_path / "curves.png").stat().st_size > 5000
+    assert (
+        "- Stage 2 raises: OCR, words right, all sets found; GOI, top-1; GOI, top-5; zero-shot, top-1, plain"
+        in text
+    )
+    claim = text.partition("<!-- claim -->")[2].partition("<!-- end -->")[0]
+    assert "| retrieval, R@1 both ways | 41.0 | 44.0 | **+3.0** ± 2.5 | ± 1.5 |" in claim
+    assert "top-1 of shifted things | 41.0 | 44.0 | **+3.0** ± 2.5 | ± 0.9 |" in claim  # 1.5 / 3 ** 0.5
+    assert "Of the four main rows 4 rise by more than their interval over 3 seeds (OCR, words right" in claim
+    assert "the claim **holds**" in claim and claim in (tmp_path / "README.md").read_text()
+    assert "of the controls can be told: fault." in text
+    assert (page.with_name("main.png")).stat().st_size > 5000 < (page.with_name("curves.png")).stat().st_size
     miniature.report(out, page)
     assert page.read_text() == text
+
+
+def test_the_claim_is_two_rows_up_and_none_that_is_to_stay_down():
+    def seeds(**gains) -> list[dict]:
+        """Three seeds of every row: `gains` by the beginning of its title, others move by nothing."""
+        titles = {**miniature.MAIN, **miniature.KEPT}.items()
+        gain = {key: next((g for name, g in gains.items() if t.startswith(name)), 0.0) for key, t in titles}
+        return [
+            {key: dict(before=50.0, after=50 + g + e, items=1.0) for key, g in gain.items()}
+            for e in (-0.1, 0, 0.1)
+        ]
+
+    for gains, holds in (
+        (dict(OCR=2.0, GOI=1.0), True),
+        (dict(OCR=2.0), False),
+        (dict(OCR=2.0, GOI=0.2), False),  # its interval is 0.25
+        (dict(OCR=2.0, GOI=1.0, text=-0.9), True),
+        (dict(OCR=2.0, GOI=1.0, text=-1.1), False),
+    ):
+        *_, words, _ = miniature.claim(seeds(**gains))
+        assert ("**holds**" in words) == holds, words
+        assert ("text to image, R@1" in words) == (gains.get("text") == -1.1)
+
+
+def test_scores_of_several_runs_are_one_mean(tmp_path):
+    """OCR heads read the same words, galleries have other pictures: their items' intervals shrink."""
+    for name, gain in (("ocr", 1.0), ("ocr_1", 2.0), ("ocr_2", 6.0)):
+        result(tmp_path / name, {("all sets found", "accuracy"): (20.0, 20.0 + gain)})
+    for k, gain in enumerate((1.0, 3.0)):
+        rows = {("coco", "TR@1"): (50.0, 50.0 + gain), ("coco", "IR@1"): (30.0, 30.0 - gain)}
+        result(tmp_path / (f"retrieval_{k}" if k else "retrieval"), rows)
+    found = miniature.scores(tmp_path)
+    assert found["ocr", "all sets found", "accuracy"] == dict(before=20.0, after=23.0, items=1.5)
+    assert found["retrieval", "coco", "TR@1"] == dict(before=50, after=52, items=pytest.approx(1.5 / 2**0.5))
+    assert found["retrieval", "coco", "R@1"] == dict(before=40, after=40, items=pytest.approx(1.5 / 2**0.5))
 
 
 def test_shuffled_labels_are_other_images_and_fit_theirs(tmp_path):
@@ -236,6 +286,39 @@ def test_held_out_losses_are_the_heads_own(tmp_path, monkeypatch):
     assert row["n"] == 2 and abs(row["difference"]) > 0.01
 
 
+def test_the_probe_of_words_is_of_m_with_and_without_dw(tmp_path, monkeypatch):
+    """A classifier of things that can be told and of such that cannot; signs read before and after."""
+    x, y = torch.eye(6).repeat(5, 1), torch.arange(6).repeat(5)
+    assert (
+        probe.right(x, y, x, y).all() and probe.right(torch.ones(30, 6), y, torch.ones(30, 6), y).sum() == 5
+    )
+    picture, (left, top, right, bottom), _ = probe.draw_sign((0, 1))
+    assert picture.shape == (112, 112, 3) and 0 <= left < right <= 112 and 0 <= top < bottom <= 112
+    torch.manual_seed(0)
+    M = lora.attach(vit.load(*losses.M).vit, rank=2, alpha=8)
+    for name, value in lora.parameters(M).items():
+        torch.nn.init.normal_(value) if name.endswith("B") else None
+    lora.save(M, tmp_path / "lora.safetensors")
+
+    def rows(*options) -> list[dict]:
+        command = ["probe.py", "--train", "400", "--test", "100", "--out", tmp_path / "out", *options]
+        monkeypatch.setattr(sys, "argv", list(map(str, command)))
+        probe.main()
+        return json.loads((tmp_path / "out" / "result.json").read_text())["rows"]
+
+    both, alone = rows("--lora", tmp_path / "lora.safetensors"), rows()
+    merged = {name: value for name, value in lora.merge(M).state_dict().items() if "lora_" not in name}
+    files.save(merged, tmp_path / "merged.safetensors")
+    by_hand = rows("--weights", tmp_path / "merged.safetensors")
+    assert [(r["set"], r["metric"], r["n"]) for r in both] == [
+        ("patches", "top-1", 100),
+        ("[CLS]", "top-1", 100),
+    ]
+    assert [r["before"] for r in both] == [r["before"] for r in alone]
+    assert [r["after"] for r in both] == pytest.approx([r["before"] for r in by_hand], abs=1)  # an item
+    assert both[0]["before"] > both[1]["before"] and alone[0]["after"] is None
+
+
 def test_the_runs_are_all_made_once_and_a_failure_stops_them(tmp_path):
     """Two seeds of the main effect, one of the rows; which commands are called, after a failure and again."""
     (tmp_path / "bin").mkdir()
@@ -262,7 +345,7 @@ def test_the_runs_are_all_made_once_and_a_failure_stops_them(tmp_path):
     made = [line for line in before if "--rank 16" not in line] + after
     counts = collections.Counter(line.split()[0] for line in made)
     trained = collections.Counter(line for line in made if line.startswith("stage2_lora.py"))
-    assert len(trained) == 2 + 20 + 1 + 7  # seeds, rows, full, settings
+    assert len(trained) == 2 + 20 + 1 + 14  # seeds, rows, full, settings
     assert sum(trained.values()) <= len(trained) + 1  # the failure stopped what ran beside it
     assert counts["eval_ocr.py"] == 3 * 2 and counts["demo/pretrain.py"] == 1
     assert counts["stage1_heads.py"] == 1 + 3  # the demo's, those that are not trained
