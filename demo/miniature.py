@@ -340,27 +340,40 @@ def verdict(main: list[dict]) -> list[str]:
     return [f"- Stage 2 {way}: {'; '.join(names) or 'nothing'}." for way, names in groups.items()] + [""]
 
 
-def choice_block(out: Path) -> list[str]:
-    """Settings of stage 2 on the validation world, seed 0.
+def tried(out: Path) -> dict[str, list[float]]:
+    """Settings of stage 2 on the validation world, seed 0: plain things, CHOICE, their mean, lost losses.
 
-    The rule: the best mean of CHOICE, of those that name plain things at most a point worse than M alone.
+    The last is by how many percent the heads' losses on held-out scenes fall, the mean of the tasks.
     """
-    found = {f.parent.name: scores(f.parent) for f in sorted((out / "choose").glob("*/retrieval"))}
-    if not found:
-        return ["Not run yet.", ""]
-    plain = ("zeroshot", "plain", "acc1")
-    values = {
-        name: [next(v for v in of[key].values() if v is not None) for key in (plain, *CHOICE)]
-        for name, of in found.items()
-    }
+    found = {}
+    for folder in sorted((out / "choose").glob("*/retrieval")):
+        of = scores(folder.parent)
+        values = [
+            of[k]["after" if of[k]["before"] is None else "before"]
+            for k in (("zeroshot", "plain", "acc1"), *CHOICE)
+        ]
+        lost = [
+            1 - of[k]["after"] / of[k]["before"]
+            for k in (("losses", task, "loss") for task in IN_DOMAIN)
+            if k in of
+        ]
+        found[folder.parent.name] = [*values, statistics.mean(values[1:]), 100 * statistics.mean(lost or [0])]
+    return found
+
+
+def choice_block(out: Path) -> list[str]:
+    """The rule: the best mean of CHOICE, of those that name plain things a point worse than M at most."""
+    values = tried(out)
+    if not values:
+        return ["Not run yet in this world.", ""]
     least = values["M_alone"][0] - 1
     allowed = [n for n, (of_plain, *_) in values.items() if n != "M_alone" and of_plain >= least]
-    best = max(allowed, key=lambda name: statistics.mean(values[name][1:]), default=None)
+    best = max(allowed, key=lambda name: values[name][-2], default=None)
     rows = []
     for name, numbers in values.items():
         title = name.replace("_", " ") + " (chosen)" * (name == best)
-        rows.append([title, *(f"{v:.1f}" for v in (*numbers, statistics.mean(numbers[1:])))])
-    return table(["", "plain", *CHOICE.values(), "mean, without plain"], rows)
+        rows.append([title, *(f"{v:.1f}" for v in numbers)])
+    return table(["", "plain", *CHOICE.values(), "mean, without plain", "held-out losses, % lower"], rows)
 
 
 def times_block(path: Path) -> list[str]:
@@ -401,6 +414,22 @@ def curves(out: Path, main: list[dict], path: Path) -> None:
     plt.close(figure)
 
 
+def dots(out: Path, path: Path) -> None:
+    """Out of domain against in domain, a dot for each setting that was tried on the validation world."""
+    values = tried(out)
+    figure, axis = plt.subplots(figsize=(7, 4.5))
+    for name, (*_, mean, lost) in values.items():
+        axis.plot(lost, mean - values["M_alone"][-2], "o", color="black", ms=4)
+        axis.annotate(f" {name.replace('_', ' ')}", (lost, mean - values["M_alone"][-2]), fontsize=7)
+    axis.axhline(0, color="gray", lw=0.8)
+    axis.axvline(0, color="gray", lw=0.8)
+    axis.set_xlabel("in domain: losses of the heads on held-out scenes, % lower")
+    axis.set_ylabel("out of domain: after - before, points")
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
 def forest(main: list[dict], path: Path) -> None:
     """The main effect: a dot for each seed, mean and interval."""
     keys = told_of(main)
@@ -429,7 +458,7 @@ def report(out: Path, readme: Path) -> None:
     fault = seeds_of(out / "fault")
     blocks = {
         "log": log_block(),
-        "choice": choice_block(out),
+        "choice": ["![out of domain against in domain](choice.png)", "", *choice_block(out)],
         "claim": claim(main),
         "main": ["![main effect](main.png)", "", *main_block(main, fault or None)],
         "curves": ["![gain against steps and alpha](curves.png)", ""],
@@ -453,6 +482,7 @@ def report(out: Path, readme: Path) -> None:
         part.replace(page)
     forest(main, readme.with_name("main.png"))
     curves(out, main, readme.with_name("curves.png"))
+    dots(out, readme.with_name("choice.png"))
     print(f"{readme}: {len(main)} seeds")
 
 

@@ -105,6 +105,8 @@ def test_the_page_is_filled_and_filled_again(tmp_path):
         result(run / "goi", {("val", "top-1"): (None, score)})
         result(run / "zeroshot", {(name, "acc1"): (None, score) for name in ("plain", "noisy")})
         result(run / "retrieval", {("coco", m): (None, 20.0) for m in ("TR@1", "IR@1")})
+    kept = dict.fromkeys(((task, "loss") for task in miniature.IN_DOMAIN), (2.0, 1.9))
+    result(out / "choose" / "lr_1e-3" / "losses", kept)
     (out / "settings.json").write_text(json.dumps({"iters": 150, "alpha": 8, "stage2": "--iters 150"}))
     (out / "seconds.tsv").write_text("main\t60\nrows\t90\nrows\t30\n")
     page.parent.mkdir()
@@ -114,8 +116,8 @@ def test_the_page_is_filled_and_filled_again(tmp_path):
     text = page.read_text()
     for line in (
         "| zero-shot, top-1, plain | 41.0 | 44.0 | **+3.0** ± 2.5 | ± 1.5 | **-12.0** ± 4.3 |",
-        "| lr 1e-3 (chosen) | 49.0 | 49.0 | 49.0 | 20.0 | 20.0 | 34.5 |",
-        "| M alone | 50.0 | 50.0 | 50.0 | 20.0 | 20.0 | 35.0 |",
+        "| lr 1e-3 (chosen) | 49.0 | 49.0 | 49.0 | 20.0 | 20.0 | 34.5 | 5.0 |",
+        "| M alone | 50.0 | 50.0 | 50.0 | 20.0 | 20.0 | 35.0 | 0.0 |",
         "| captioning, CIDEr | 5.0 | 7.0 | +2.0 ± 0.0 | 2.000 | 1.890 | -0.110 ± 0.025 | 0.25 |",
         "| rows | 2.0 |",
         "Not run yet: rank16, rank64, data25,",
@@ -134,6 +136,7 @@ def test_the_page_is_filled_and_filled_again(tmp_path):
     assert "Of the four main rows 4 rise by more than their interval over 3 seeds (OCR, words right" in claim
     assert "the claim **holds**" in claim and claim in (tmp_path / "README.md").read_text()
     assert "of the controls can be told: fault." in text
+    assert page.with_name("choice.png").stat().st_size > 5000
     assert (page.with_name("main.png")).stat().st_size > 5000 < (page.with_name("curves.png")).stat().st_size
     miniature.report(out, page)
     assert page.read_text() == text
