@@ -80,7 +80,7 @@ READER=(--train "$WORLD/words/train" --test "$WORLD/words/test" --size 56 112 --
     --iters 500 --batch 32 --lr 1e-3 --warmup 100 "${RESUME[@]}")
 
 step "The world: scenes, words, classes, boxes" "$WORLD" \
-    python demo/world.py "$WORLD" --train 800 --val "${VAL:-504}" --words 8000
+    python demo/world.py "$WORLD" --train "${SCENES:-800}" --val "${VAL:-504}" --words 8000
 if [ "$HEADS" = train ]; then
     HEADS=$OUT/heads/half
     step "Stage 1 (Algorithm 1): all heads, on a world of 24,000 scenes" "$HEADS/segmentation.safetensors" \

@@ -12,7 +12,7 @@ OUT=${1:-${OUT:-out/miniature}} SEEDS=${SEEDS:-5} ROW_SEEDS=${ROW_SEEDS:-3} PART
 MINIATURE=$OUT SEEDS_WANTED=$SEEDS
 echo "== The main effect takes the time of $SEEDS demos on larger test sets, all parts hours; rows and controls: $ROW_SEEDS seeds"
 STARTED=$SECONDS
-VAL=1008
+VAL=1008 SCENES=4000
 [[ $PARTS == *" main "* ]] || SEEDS=0
 source "$(dirname "$0")/demo.sh" "$MINIATURE/demo" # the main effect: the demo, with more seeds; and its settings
 MAIN=$OUT OUT=$MINIATURE SEEDS=$SEEDS_WANTED
@@ -149,14 +149,14 @@ if part choose; then
     }
     both score "$OUT/choose/M_alone" 0 "$OUT/validation" none
     both choose default
-    both choose lr_3e-4 --lr 3e-4
-    both choose lr_3e-3 --lr 3e-3
+    both choose equal_gradients_500 --equal-gradients --iters 500
+    both choose captions_alone_500 --tasks captioning --batch 16 --iters 500
     both choose steps_500 --iters 500
+    both choose lr_3e-3 --lr 3e-3
     both choose alpha_32 --lora-alpha 32
     both choose equal_gradients --equal-gradients
     both choose captions_alone --tasks captioning --batch 16
-    both choose equal_gradients_500 --equal-gradients --iters 500
-    both choose captions_alone_500 --tasks captioning --batch 16 --iters 500
+    both choose lr_3e-4 --lr 3e-4
     both choose rank_32 --rank 32 --lora-alpha 32
     both choose captions_often --probs 0.15 0.15 0.7
     both choose first_blocks --lora-blocks 0 2
