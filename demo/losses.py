@@ -27,15 +27,21 @@ M = "eva_mini.px112", str(Path(__file__).with_name("eva_mini_clip.safetensors"))
 
 
 @torch.no_grad()
-def losses(head: torch.nn.Module, backbone: vit.Backbone, stream) -> np.ndarray:
-    """(n,) of each scene."""
-    found = []
-    for row in tqdm(stream.rows, stream.task):
-        torch.manual_seed(int(row))  # which caption, which points
-        sample = stream.read(int(row), backbone.patch)
-        images, valid, y = collate([sample], backbone.patch, backbone.mean, backbone.std)
-        found.append(head.loss(backbone(images, valid), y)[0].item())
-    return np.array(found)
+def losses(heads: dict, streams: dict, backbone: vit.Backbone) -> dict[str, dict[str, np.ndarray]]:
+    """{task: {before, after: (n,) of each scene}}; a scene is the same picture in every task's stream."""
+    found = {task: {"before": [], "after": []} for task in heads}
+    rows = next(iter(streams.values())).rows
+    for row in tqdm(rows, "scenes"):
+        torch.manual_seed(int(row))  # which caption
+        samples = [stream.read(int(row), backbone.patch) for stream in streams.values()]
+        batches = [collate([s], backbone.patch, backbone.mean, backbone.std) for s in samples]
+        for variant in ("before", "after"):
+            lora.switch(backbone.vit, on=variant == "after")
+            f = backbone(*batches[0][:2])
+            for (task, head), (*_, y) in zip(heads.items(), batches, strict=True):
+                torch.manual_seed(int(row))  # which points
+                found[task][variant].append(head.loss(f, y)[0].item())
+    return {task: {v: np.array(x) for v, x in of.items()} for task, of in found.items()}
 
 
 def main() -> None:
@@ -44,19 +50,17 @@ def main() -> None:
         p.add_argument(name, type=Path)
     p.add_argument("--out", type=Path, default=Path("out/losses"))
     args = p.parse_args()
-    backbone, rows = vit.load(*M), []
+    backbone, heads, streams = vit.load(*M), {}, {}
     lora.load(backbone.vit, args.lora)
     for task in TASKS:
-        path = args.heads / f"{task}.safetensors"
-        head, options = tasks.load_head(path, backbone.dim), {"size": SIZE}
-        if task == "captioning":
-            options["vocabulary"] = head.config["vocabulary"]
-        stream = tasks.find(task).Stream(args.coco, "val2017", **options)
-        of = {}
-        for variant in ("before", "after"):
-            lora.switch(backbone.vit, on=variant == "after")
-            of[variant] = losses(head, backbone, stream)
-        rows.append(evaluation.result_row(task, "loss", {k: v / 100 for k, v in of.items()}))  # no percents
+        heads[task] = tasks.load_head(args.heads / f"{task}.safetensors", backbone.dim)
+        options = {"vocabulary": heads[task].config["vocabulary"]} if task == "captioning" else {}
+        streams[task] = tasks.find(task).Stream(args.coco, "val2017", size=SIZE, **options)
+    found = losses(heads, streams, backbone)
+    rows = [
+        evaluation.result_row(task, "loss", {v: x / 100 for v, x in of.items()})  # no percents
+        for task, of in found.items()
+    ]
     print(evaluation.rows_table(rows))
     files.write_json(args.out / "result.json", {"rows": rows})
 

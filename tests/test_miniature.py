@@ -268,15 +268,18 @@ def test_held_out_losses_are_the_heads_own(tmp_path, monkeypatch):
     for name, value in lora.parameters(M.vit).items():
         torch.nn.init.normal_(value, std=0.5) if name.endswith("B") else None
     lora.save(M.vit, tmp_path / "lora.safetensors")
-    monkeypatch.setattr(losses, "TASKS", ["captioning"])
     heads, out = ROOT / "demo" / "heads", tmp_path / "out"
     command = ["losses.py", heads, tmp_path, tmp_path / "lora.safetensors", "--out", out]
     monkeypatch.setattr(sys, "argv", list(map(str, command)))
     losses.main()
-    (row,) = json.loads((out / "result.json").read_text())["rows"]
+    *others, row = json.loads((out / "result.json").read_text())["rows"]
     head = tasks.load_head(heads / "captioning.safetensors", 192)
     words = head.config["vocabulary"]
     stream = tasks.find("captioning").Stream(tmp_path, "val2017", size=112, vocabulary=words)
+    for other in others:  # the picture is the same in every task
+        task = tasks.find(other["set"]).Stream(tmp_path, "val2017", size=112)
+        assert task.rows.tolist() == stream.rows.tolist() and other["before"] != other["after"]
+        assert torch.equal(task.read(1, 14)[0], stream.read(1, 14)[0])
     for variant in ("before", "after"):
         lora.switch(M.vit, on=variant == "after")
         expected = []
