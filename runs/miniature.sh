@@ -223,8 +223,8 @@ fi
 
 # The paper's checkpoints: gain against steps
 if part steps; then
-    for ((step = 50; step < ITERS; step += 50)); do
-        for ((seed = 0; seed < ROW_SEEDS; seed++)); do
+    for step in 50 100 200 400; do # stage 2 saves every 50
+        for ((seed = 0; step < ITERS && seed < ROW_SEEDS; seed++)); do
             both score "$OUT/steps/$step/seed$seed" "$seed" "$WORLD" \
                 "$MAIN/seed$seed/visft/lora_$(printf %06d "$step").safetensors"
         done

@@ -29,7 +29,7 @@ WEIGHTS = ROOT / "demo" / "eva_mini_clip.safetensors"
 RIGHT = dict(plain=192, sketch=101, rotated=116, noisy=89)
 READ = 5
 CAPTIONS = 42  # of 60 that name nothing that is not there
-THINGS = {"detection": (158, 206), "segmentation": (132, 206)}  # found in these scenes, of how many
+THINGS = {"detection": (152, 206), "segmentation": (132, 206)}  # found in these scenes, of how many
 FOUND = {"image to text": [72, 89, 93], "text to image": [223, 361, 415]}  # at 1, 5 and 10
 
 
