@@ -122,7 +122,7 @@ rows() { # rows NAME OPTIONS...: with every seed, if it is wanted
 full() { # full SEED: all of M is tuned, at a tenth of LoRA's rate
     local run=$OUT/rows/full/seed$1
     once "$run/visft/M.safetensors" python stage2_lora.py --tasks "${TASKS[@]}" --heads "$HEADS" "${STAGE2[@]}" \
-        --head-words --seed "$1" --full --lr 1e-4 --out "$run/visft"
+        --head-words --seed "$1" --full --lr 3e-4 --out "$run/visft"
     once "$run/clip.safetensors" python demo/miniature.py graft "$run/visft/M.safetensors" "$run/clip.safetensors"
     score "$run" "$1" "$WORLD" none "$run/visft/M.safetensors" "$run/clip.safetensors"
 }
@@ -139,16 +139,16 @@ more_clip() { # more_clip SEED: as many steps of contrastive pretraining as stag
 if part choose; then
     once "$OUT/validation/goi/val.jsonl" bash -c "rm -rf '$OUT/validation' && python demo/world.py '$OUT/validation' \
         --seed 1000 --train 800 --words 64"
-    choose() { # choose NAME OPTIONS...
+    choose() { # choose NAME OPTIONS...: from the first guess, whose rate is 1e-3
         local run=$OUT/choose/$1
         once "$run/visft/lora.safetensors" python stage2_lora.py --tasks "${TASKS[@]}" --heads "$HEADS" "${STAGE2[@]}" \
-            --head-words "${@:2}" --out "$run/visft"
+            --head-words --lr 1e-3 "${@:2}" --out "$run/visft"
         once "$run/losses/result.json" python demo/losses.py "$HEADS" "$OUT/validation/coco" \
             "$run/visft/lora.safetensors" --out "$run/losses"
         score "$run" 0 "$OUT/validation" "$run/visft/lora.safetensors"
     }
     both score "$OUT/choose/M_alone" 0 "$OUT/validation" none
-    both choose default
+    both choose first_guess
     both choose equal_gradients_500 --equal-gradients --iters 500
     both choose captions_alone_500 --tasks captioning --batch 16 --iters 500
     both choose steps_500 --iters 500
