@@ -2,7 +2,7 @@
 
     python demo/losses.py HEADS COCO LORA --out OUT      # OUT/result.json, rows as the evaluations have them
 
-Every scene once, squashed to 112 px, as in the demo's stages; the same points of masks are drawn for both.
+Each scene once, squashed to 112 px, as in the demo's stages; the same points of masks are drawn for both.
 """
 
 import argparse
@@ -27,10 +27,12 @@ M = "eva_mini.px112", str(Path(__file__).with_name("eva_mini_clip.safetensors"))
 
 
 @torch.no_grad()
-def losses(heads: dict, streams: dict, backbone: vit.Backbone) -> dict[str, dict[str, np.ndarray]]:
-    """{task: {before, after: (n,) of each scene}}; a scene is the same picture in every task's stream."""
+def losses(
+    heads: dict, streams: dict, backbone: vit.Backbone, scenes: int | None
+) -> dict[str, dict[str, np.ndarray]]:
+    """{task: {before, after: (n,) of the first scenes}}; one is the same picture in every task's stream."""
     found = {task: {"before": [], "after": []} for task in heads}
-    rows = next(iter(streams.values())).rows
+    rows = next(iter(streams.values())).rows[:scenes]
     for row in tqdm(rows, "scenes"):
         torch.manual_seed(int(row))  # which caption
         samples = [stream.read(int(row), backbone.patch) for stream in streams.values()]
@@ -48,6 +50,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("heads", "coco", "lora"):
         p.add_argument(name, type=Path)
+    p.add_argument("--scenes", type=int, help="so many of them, the first (default: all)")
     p.add_argument("--out", type=Path, default=Path("out/losses"))
     args = p.parse_args()
     backbone, heads, streams = vit.load(*M), {}, {}
@@ -56,7 +59,7 @@ def main() -> None:
         heads[task] = tasks.load_head(args.heads / f"{task}.safetensors", backbone.dim)
         options = {"vocabulary": heads[task].config["vocabulary"]} if task == "captioning" else {}
         streams[task] = tasks.find(task).Stream(args.coco, "val2017", size=SIZE, **options)
-    found = losses(heads, streams, backbone)
+    found = losses(heads, streams, backbone, args.scenes)
     rows = [
         evaluation.result_row(task, "loss", {v: x / 100 for v, x in of.items()})  # no percents
         for task, of in found.items()

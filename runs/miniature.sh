@@ -144,7 +144,7 @@ if part choose; then
         once "$run/visft/lora.safetensors" python stage2_lora.py --tasks "${TASKS[@]}" --heads "$HEADS" "${STAGE2[@]}" \
             --head-words --lr 1e-3 "${@:2}" --out "$run/visft"
         once "$run/losses/result.json" python demo/losses.py "$HEADS" "$OUT/validation/coco" \
-            "$run/visft/lora.safetensors" --out "$run/losses"
+            "$run/visft/lora.safetensors" --scenes 300 --out "$run/losses"
         score "$run" 0 "$OUT/validation" "$run/visft/lora.safetensors"
     }
     both score "$OUT/choose/M_alone" 0 "$OUT/validation" none

@@ -260,8 +260,8 @@ esac
 
 
 def test_held_out_losses_are_the_heads_own(tmp_path, monkeypatch):
-    """Two scenes: the loss of a caption by the committed head, of M without dW and with one."""
-    world.write(tmp_path, "val2017", 2, 112, seed=0)
+    """Two scenes of three: the loss of a caption by the committed head, of M without dW and with one."""
+    world.write(tmp_path, "val2017", 3, 112, seed=0)
     M = vit.load(*losses.M)
     torch.manual_seed(0)
     lora.attach(M.vit, rank=2, alpha=8)
@@ -269,7 +269,7 @@ def test_held_out_losses_are_the_heads_own(tmp_path, monkeypatch):
         torch.nn.init.normal_(value, std=0.5) if name.endswith("B") else None
     lora.save(M.vit, tmp_path / "lora.safetensors")
     heads, out = ROOT / "demo" / "heads", tmp_path / "out"
-    command = ["losses.py", heads, tmp_path, tmp_path / "lora.safetensors", "--out", out]
+    command = ["losses.py", heads, tmp_path, tmp_path / "lora.safetensors", "--scenes", 2, "--out", out]
     monkeypatch.setattr(sys, "argv", list(map(str, command)))
     losses.main()
     *others, row = json.loads((out / "result.json").read_text())["rows"]
