@@ -340,40 +340,38 @@ def verdict(main: list[dict]) -> list[str]:
     return [f"- Stage 2 {way}: {'; '.join(names) or 'nothing'}." for way, names in groups.items()] + [""]
 
 
-def tried(out: Path) -> dict[str, list[float]]:
-    """Settings of stage 2 on the validation world, seed 0: plain things, CHOICE, their mean, lost losses.
+def tried(out: Path) -> dict[str, tuple[float, list[float], dict[str, float]]]:
+    """Settings of stage 2 on the validation world, seed 0: plain things named, CHOICE, lost losses.
 
-    The last is by how many percent the heads' losses on held-out scenes fall, the mean of the tasks.
+    The last is by how many percent each head's loss on held-out scenes falls; M alone has none.
     """
     found = {}
     for folder in sorted((out / "choose").glob("*/retrieval")):
-        of = scores(folder.parent)
-        values = [
-            of[k]["after" if of[k]["before"] is None else "before"]
-            for k in (("zeroshot", "plain", "acc1"), *CHOICE)
-        ]
-        lost = [
-            1 - of[k]["after"] / of[k]["before"]
-            for k in (("losses", task, "loss") for task in IN_DOMAIN)
-            if k in of
-        ]
-        found[folder.parent.name] = [*values, statistics.mean(values[1:]), 100 * statistics.mean(lost or [0])]
+        of, lost = scores(folder.parent), {}
+        keys = [("zeroshot", "plain", "acc1"), *CHOICE]
+        plain, *values = (of[k]["after" if of[k]["before"] is None else "before"] for k in keys)
+        for task in IN_DOMAIN:
+            if loss := of.get(("losses", task, "loss")):
+                lost[task] = 100 * (1 - loss["after"] / loss["before"])
+        found[folder.parent.name] = plain, values, lost
     return found
 
 
 def choice_block(out: Path) -> list[str]:
     """The rule: the best mean of CHOICE, of those that name plain things a point worse than M at most."""
-    values = tried(out)
-    if not values:
+    settings = tried(out)
+    if not settings:
         return ["Not run yet in this world.", ""]
-    least = values["M_alone"][0] - 1
-    allowed = [n for n, (of_plain, *_) in values.items() if n != "M_alone" and of_plain >= least]
-    best = max(allowed, key=lambda name: values[name][-2], default=None)
+    least = settings["M_alone"][0] - 1
+    allowed = [name for name, (plain, *_) in settings.items() if name != "M_alone" and plain >= least]
+    best = max(allowed, key=lambda name: statistics.mean(settings[name][1]), default=None)
     rows = []
-    for name, numbers in values.items():
+    for name, (plain, values, lost) in settings.items():
         title = name.replace("_", " ") + " (chosen)" * (name == best)
-        rows.append([title, *(f"{v:.1f}" for v in numbers)])
-    return table(["", "plain", *CHOICE.values(), "mean, without plain", "held-out losses, % lower"], rows)
+        losses = [f"{lost[task]:+.2f}" if task in lost else "-" for task in IN_DOMAIN]
+        rows.append([title, *(f"{v:.1f}" for v in (plain, *values, statistics.mean(values))), *losses])
+    losses = [f"held-out loss of {task}, % lower" for task in IN_DOMAIN]
+    return table(["", "plain", *CHOICE.values(), "mean, without plain", *losses], rows)
 
 
 def times_block(path: Path) -> list[str]:
@@ -416,14 +414,16 @@ def curves(out: Path, main: list[dict], path: Path) -> None:
 
 def dots(out: Path, path: Path) -> None:
     """Out of domain against in domain, a dot for each setting that was tried on the validation world."""
-    values = tried(out)
+    settings = tried(out)
     figure, axis = plt.subplots(figsize=(7, 4.5))
-    for name, (*_, mean, lost) in values.items():
-        axis.plot(lost, mean - values["M_alone"][-2], "o", color="black", ms=4)
-        axis.annotate(f" {name.replace('_', ' ')}", (lost, mean - values["M_alone"][-2]), fontsize=7)
+    for name, (_, values, lost) in settings.items():
+        x = statistics.mean(lost.values()) if lost else 0
+        y = statistics.mean(values) - statistics.mean(settings["M_alone"][1])
+        axis.plot(x, y, "o", color="black", ms=4)
+        axis.annotate(f" {name.replace('_', ' ')}", (x, y), fontsize=7)
     axis.axhline(0, color="gray", lw=0.8)
     axis.axvline(0, color="gray", lw=0.8)
-    axis.set_xlabel("in domain: losses of the heads on held-out scenes, % lower")
+    axis.set_xlabel("in domain: losses of the heads on held-out scenes, their mean, % lower")
     axis.set_ylabel("out of domain: after - before, points")
     figure.tight_layout()
     figure.savefig(path, dpi=90)
