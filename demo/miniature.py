@@ -363,7 +363,7 @@ def choice_block(out: Path) -> list[str]:
     if not settings:
         return ["Not run yet in this world.", ""]
     least = settings["M_alone"][0] - 1
-    allowed = [name for name, (plain, *_) in settings.items() if name != "M_alone" and plain >= least]
+    allowed = [name for name in settings if name not in ("M_alone", "long") and settings[name][0] >= least]
     best = max(allowed, key=lambda name: statistics.mean(settings[name][1]), default=None)
     rows = []
     for name, (plain, values, lost) in settings.items():

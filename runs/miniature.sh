@@ -162,6 +162,10 @@ if part choose; then
     both choose first_blocks --lora-blocks 0 2
     both choose last_blocks --lora-blocks 3 5
     both choose steps_1000 --iters 1000
+    # As long, beside stage 1, as the paper's 5,000 steps: looked at after the others, and not to be chosen
+    once "$OUT/many/goi/val.jsonl" bash -c "rm -rf '$OUT/many' && python demo/world.py '$OUT/many' --train 24000 \
+        --val 8 --words 8"
+    both choose long --equal-gradients --iters 3000 --coco "$OUT/many/coco"
     ended choose
 fi
 

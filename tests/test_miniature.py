@@ -351,7 +351,7 @@ def test_the_runs_are_all_made_once_and_a_failure_stops_them(tmp_path):
     made = [line for line in before if "--rank 16" not in line] + after
     counts = collections.Counter(line.split()[0] for line in made)
     trained = collections.Counter(line for line in made if line.startswith("stage2_lora.py"))
-    assert len(trained) == 2 + 20 + 1 + 14  # seeds, rows, full, settings
+    assert len(trained) == 2 + 20 + 1 + 15  # seeds, rows, full, settings
     assert sum(trained.values()) <= len(trained) + 1  # the failure stopped what ran beside it
     assert counts["eval_ocr.py"] == 3 * 2 and counts["demo/pretrain.py"] == 1
     assert counts["stage1_heads.py"] == 1 + 3  # the demo's, those that are not trained
