@@ -292,10 +292,10 @@ def heads_block(demo: Path, main: list[dict]) -> list[str]:
 def rows_block(out: Path, main: list[dict]) -> list[str]:
     lines = []
     for title, names in ROWS.items():
-        lines.append([f"*{title}*"] + [""] * (1 + len(SHORT)))
-        for name in names:
-            runs = main if name == "default" else seeds_of(out / "rows" / name)
-            if runs:
+        found = {name: main if name == "default" else seeds_of(out / "rows" / name) for name in names}
+        if sum(map(bool, found.values())) > 1:  # what the default is beside
+            lines.append([f"*{title}*"] + [""] * (1 + len(SHORT)))
+            for name, runs in ((name, runs) for name, runs in found.items() if runs):
                 cells = [told(differences(main, runs, key)) for key in SHORT]
                 lines.append([name.replace("_", " "), str(len(runs)), *cells])
     everything = dict.fromkeys(name for names in ROWS.values() for name in names if name != "default")
