@@ -421,6 +421,7 @@ def dots(out: Path, path: Path) -> None:
         y = statistics.mean(values) - statistics.mean(settings["M_alone"][1])
         axis.plot(x, y, "o", color="black", ms=4)
         axis.annotate(f" {name.replace('_', ' ')}", (x, y), fontsize=7)
+    axis.margins(x=0.2)
     axis.axhline(0, color="gray", lw=0.8)
     axis.axvline(0, color="gray", lw=0.8)
     axis.set_xlabel("in domain: losses of the heads on held-out scenes, their mean, % lower")
@@ -430,9 +431,9 @@ def dots(out: Path, path: Path) -> None:
     plt.close(figure)
 
 
-def forest(main: list[dict], path: Path) -> None:
-    """The main effect: a dot for each seed, mean and interval."""
-    keys = told_of(main)
+def forest(main: list[dict], keys: list[tuple], path: Path) -> None:
+    """The differences of these keys and titles: a dot for each seed, mean and interval."""
+    keys = [(key, title) for key, title in keys if key in main[0]]
     figure, axis = plt.subplots(figsize=(7.5, 0.26 * len(keys) + 0.8))
     for y, (key, _) in enumerate(reversed(keys)):
         values = differences(main, main, key)
@@ -480,7 +481,8 @@ def report(out: Path, readme: Path) -> None:
         part = page.with_suffix(".tmp")
         part.write_text(text)
         part.replace(page)
-    forest(main, readme.with_name("main.png"))
+    forest(main, told_of(main), readme.with_name("main.png"))
+    forest(main, [*MAIN.items(), *KEPT.items()], readme.with_name("claim.png"))
     curves(out, main, readme.with_name("curves.png"))
     dots(out, readme.with_name("choice.png"))
     print(f"{readme}: {len(main)} seeds")

@@ -136,6 +136,7 @@ def test_the_page_is_filled_and_filled_again(tmp_path):
     assert "Of the four main rows 4 rise by more than their interval over 3 seeds (OCR, words right" in claim
     assert "the claim **holds**" in claim and claim in (tmp_path / "README.md").read_text()
     assert "of the controls can be told: fault." in text
+    assert page.with_name("claim.png").stat().st_size > 5000
     assert page.with_name("choice.png").stat().st_size > 5000
     assert (page.with_name("main.png")).stat().st_size > 5000 < (page.with_name("curves.png")).stat().st_size
     miniature.report(out, page)
