@@ -195,7 +195,7 @@ def main() -> None:
     p.add_argument("--words", type=float, default=0.25, help="part of them that show one word")
     p.add_argument("--marked", type=float, default=0.2, help="part of them with one thing in a red rectangle")
     p.add_argument("--bare", type=float, default=0.5, help="part of things called by their name alone")
-    p.add_argument("--steps", type=int, default=2800)
+    p.add_argument("--steps", type=int, default=3300)
     p.add_argument(
         "--decay", type=int, default=500, help="of these steps: learning rate to 0, all patches seen"
     )
@@ -209,7 +209,7 @@ def main() -> None:
         help="part of the patches dropped before",
     )
     p.add_argument(
-        "--coarse", type=int, default=1000, help="steps with the first --patch-dropout, then the last"
+        "--coarse", type=int, default=800, help="steps with the first --patch-dropout, then the last"
     )
     p.add_argument(
         "--save-every", type=int, default=100, help="steps between checkpoints and lines of log.jsonl"
