@@ -74,8 +74,8 @@ RESUME=(--resume --save-every 50)
 TRAIN=("${M[@]}" --coco "$WORLD/coco" "${SIZE[@]}" --log-every 10 --workers 0 "${RESUME[@]}")
 # What stage 2 needs: of what runs/miniature.sh tried on another world, the best by the rule in demo/README.md
 ITERS=150 ALPHA=8
-STAGE2=("${TRAIN[@]}" --warmup 20 --iters "$ITERS" --batch detection=8 segmentation=4 captioning=16 --rank 8
-    --lora-alpha "$ALPHA" --lr 3e-3)
+STAGE2=("${TRAIN[@]}" --warmup 20 --iters "$ITERS" --batch detection=8 segmentation=4 captioning=16 --lr 3e-3)
+LORA=(--rank 8 --lora-alpha "$ALPHA")
 READER=(--train "$WORLD/words/train" --test "$WORLD/words/test" --size 56 112 --charset 36 --width 128 --workers 0
     --iters 500 --batch 32 --lr 1e-3 --warmup 100 "${RESUME[@]}")
 
@@ -103,8 +103,8 @@ ocr() { # ocr SEED: the longest step
 
 stage2() { # stage2 SEED
     step "Stage 2 (Algorithm 2): dW through the frozen heads, seed $1" "$OUT/seed$1/visft/lora.safetensors" \
-        python stage2_lora.py --tasks "${TASKS[@]}" --heads "$HEADS" --head-words "${STAGE2[@]}" --seed "$1" \
-        --out "$OUT/seed$1/visft"
+        python stage2_lora.py --tasks "${TASKS[@]}" --heads "$HEADS" --head-words "${STAGE2[@]}" "${LORA[@]}" \
+        --seed "$1" --out "$OUT/seed$1/visft"
 }
 
 evaluate() { # evaluate SEED: what is measured with it, but for OCR

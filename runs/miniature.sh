@@ -23,7 +23,8 @@ stopped() {
     echo "miniature.sh: stopped; the same command goes on from here" >&2
 }
 trap '[ $? = 0 ] || stopped' EXIT
-printf '{"iters": %s, "alpha": %s, "stage2": "%s"}\n' "$ITERS" "$ALPHA" "${STAGE2[*]/#$WORLD*/COCO}" \
+ALL=("${STAGE2[@]}" "${LORA[@]}")
+printf '{"iters": %s, "alpha": %s, "stage2": "%s"}\n' "$ITERS" "$ALPHA" "${ALL[*]/#$WORLD*/COCO}" \
     > "$OUT/settings.json"
 rm -f "$OUT/failed"
 # From here on two runs at a time, a core each
@@ -98,7 +99,7 @@ row() { # row NAME SEED OPTIONS...: stage 2 with OPTIONS after the demo's own, t
     shift 2
     [[ $name != no_captioning && $name != only_[ds]* ]] || words=()
     once "$run/visft/lora.safetensors" python stage2_lora.py --tasks "${TASKS[@]}" --heads "$HEADS" "${STAGE2[@]}" \
-        "${words[@]}" --seed "$seed" "$@" --out "$run/visft"
+        "${LORA[@]}" "${words[@]}" --seed "$seed" "$@" --out "$run/visft"
     score "$run" "$seed" "$WORLD" "$run/visft/lora.safetensors"
 }
 
@@ -142,7 +143,7 @@ if part choose; then
     choose() { # choose NAME OPTIONS...: from the first guess, whose rate is 1e-3
         local run=$OUT/choose/$1
         once "$run/visft/lora.safetensors" python stage2_lora.py --tasks "${TASKS[@]}" --heads "$HEADS" "${STAGE2[@]}" \
-            --head-words --lr 1e-3 "${@:2}" --out "$run/visft"
+            "${LORA[@]}" --head-words --lr 1e-3 "${@:2}" --out "$run/visft"
         once "$run/losses/result.json" python demo/losses.py "$HEADS" "$OUT/validation/coco" \
             "$run/visft/lora.safetensors" --scenes 300 --out "$run/losses"
         score "$run" 0 "$OUT/validation" "$run/visft/lora.safetensors"

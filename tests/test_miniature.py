@@ -356,6 +356,8 @@ def test_the_runs_are_all_made_once_and_a_failure_stops_them(tmp_path):
     assert sum(trained.values()) <= len(trained) + 1  # the failure stopped what ran beside it
     assert counts["eval_ocr.py"] == 3 * 2 and counts["demo/pretrain.py"] == 1
     assert counts["stage1_heads.py"] == 1 + 3  # the demo's, those that are not trained
+    full = [line for line in trained if "--full" in line]
+    assert full and "--rank" not in str(full) and "--lora-alpha" not in str(full)  # which it refuses
     assert "--coco OUT/shuffled" in str(made) and "--heads OUT/random" in str(made)
     done, again = calls()
     assert done.returncode == 0
