@@ -295,9 +295,9 @@ def rows_block(out: Path, main: list[dict]) -> list[str]:
         found = {name: main if name == "default" else seeds_of(out / "rows" / name) for name in names}
         if sum(map(bool, found.values())) > 1:  # what the default is beside
             lines.append([f"*{title}*"] + [""] * (1 + len(SHORT)))
-            for name, runs in ((name, runs) for name, runs in found.items() if runs):
-                cells = [told(differences(main, runs, key)) for key in SHORT]
-                lines.append([name.replace("_", " "), str(len(runs)), *cells])
+            for name in filter(found.get, found):
+                cells = [told(differences(main, found[name], key)) for key in SHORT]
+                lines.append([name.replace("_", " "), str(len(found[name])), *cells])
     everything = dict.fromkeys(name for names in ROWS.values() for name in names if name != "default")
     missing = [name.replace("_", " ") for name in everything if not seeds_of(out / "rows" / name)]
     left = [f"Not run yet: {', '.join(missing)}.", ""] if missing else []

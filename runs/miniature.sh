@@ -3,7 +3,7 @@
 # that the paper lacks. Fills demo/README.md with what it measures.
 #
 #     runs/miniature.sh [OUT]              # OUT is out/miniature
-#     PARTS=choose runs/miniature.sh       # a part alone; PARTS: choose main more fault rows steps
+#     PARTS=choose runs/miniature.sh       # a part alone, of: choose main; and on what main has left: more fault rows steps
 #     ROWS="rank no_" runs/miniature.sh    # of the rows those whose names begin so
 #
 # What is done is not repeated: after an interruption the same command goes on where it stopped.

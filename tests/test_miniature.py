@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from scipy import stats
 import backbone as vit
 import files
 import lora
+import stage2_lora
 import tasks
 from data.stream import collate
 from demo import losses, miniature, probe, world
@@ -326,8 +328,11 @@ def test_the_probe_of_words_is_of_m_with_and_without_dw(tmp_path, monkeypatch):
     assert both[0]["before"] > both[1]["before"] and alone[0]["after"] is None
 
 
-def test_the_runs_are_all_made_once_and_a_failure_stops_them(tmp_path):
-    """Two seeds of the main effect, one of the rows; which commands are called, after a failure and again."""
+def test_the_runs_are_all_made_once_and_a_failure_stops_them(tmp_path, monkeypatch):
+    """Two seeds of the main effect, one of the rows; which commands are called, after a failure and again.
+
+    What stage 2 is given, it takes: each of its commands gets as far as looking for the heads.
+    """
     (tmp_path / "bin").mkdir()
     first, rest = STUB.split("case $1", 1)
     stub = first + MORE + "case $1" + rest + "touch M.safetensors eva_mini_clip.safetensors\n"
@@ -356,8 +361,13 @@ def test_the_runs_are_all_made_once_and_a_failure_stops_them(tmp_path):
     assert sum(trained.values()) <= len(trained) + 1  # the failure stopped what ran beside it
     assert counts["eval_ocr.py"] == 3 * 2 and counts["demo/pretrain.py"] == 1
     assert counts["stage1_heads.py"] == 1 + 3  # the demo's, those that are not trained
-    full = [line for line in trained if "--full" in line]
-    assert full and "--rank" not in str(full) and "--lora-alpha" not in str(full)  # which it refuses
+    find = Mock(side_effect=FileNotFoundError("no head"))
+    monkeypatch.setattr(tasks, "find_head", find)
+    for line in trained:
+        monkeypatch.setattr(sys, "argv", line.split())
+        with pytest.raises(FileNotFoundError, match="no head"):
+            stage2_lora.main()
+    assert find.call_count == len(trained)
     assert "--coco OUT/shuffled" in str(made) and "--heads OUT/random" in str(made)
     done, again = calls()
     assert done.returncode == 0
