@@ -1,14 +1,17 @@
 """Fixtures: the real data where they are, a made-up world and its head, scripts run here and on ranks."""
 
+import faulthandler
 import gc
 import importlib
 import json
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,6 +26,8 @@ needs_real_data = pytest.mark.skipif(
     not SHARED.is_dir(), reason=f"needs the real data, which is not in {SHARED}: set VISFT_DATA"
 )
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["tests.conftest", "fairscale.optim.oss", "torchvision", "transformers"])
 
 
 def pytest_collection_finish():
@@ -111,40 +116,58 @@ def run(monkeypatch, capfd):
     return run_script
 
 
-def _rank(rank: int, env: dict, script: str, options: tuple, said: Path) -> None:
+def _rank(rank: int, env: dict, script: str, options: tuple, said: Path, prepare: Callable | None) -> None:
     """One rank of a script, in a process of its own; what it prints goes to the file `said`."""
     sys.stdout = sys.stderr = open(said, "w", buffering=1)
     for descriptor in (1, 2):
         os.dup2(sys.stdout.fileno(), descriptor)
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     os.environ.update(env, RANK=str(rank), LOCAL_RANK=str(rank))
     sys.argv = [f"{script}.py", *map(str, options)]
-    launch(importlib.import_module(script).main)
+    module = importlib.import_module(script)
+    if prepare:
+        prepare()
+    launch(module.main)
 
 
 @pytest.fixture
 def run_ranks(tmp_path_factory):
     """run_ranks(2, "eval_goi", "--train", ...) -> exit codes and outputs of the ranks, as under torchrun.
 
-    They are forked: torch and the models' libraries, seconds to import, are there already.
+    They are forked from a server that has imported the libraries, seconds each, and has no threads: what a
+    thread of this process has locked would be locked in a rank for ever. `prepare` patches a rank. If they
+    are not done in time, the test fails with the places where they hang.
     """
 
-    def run_script(world: int, script: str, *options, seconds: int = 300) -> tuple[list, list[str]]:
-        importlib.import_module(script)
+    def run_script(
+        world: int, script: str, *options, seconds: int = 300, prepare: Callable | None = None
+    ) -> tuple[list, list[str]]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
         files = [tmp_path_factory.mktemp("said") / f"rank{rank}" for rank in range(world)]
-        fork = multiprocessing.get_context("fork").Process
-        ranks = [fork(target=_rank, args=(i, env, script, options, files[i])) for i in range(world)]
+        arguments = [(rank, env, script, options, files[rank], prepare) for rank in range(world)]
+        ranks = [FORKSERVER.Process(target=_rank, args=each) for each in arguments]
         for process in ranks:
             process.start()
         end = time.monotonic() + seconds
         for process in ranks:
             process.join(max(0, end - time.monotonic()))
-        for process in ranks:
-            process.kill()  # if it hangs
-            process.join()
-        return [process.exitcode for process in ranks], [file.read_text() for file in files]
+        codes = [process.exitcode for process in ranks]
+        hanging = [rank for rank, code in enumerate(codes) if code is None]
+        for rank in hanging:
+            os.kill(ranks[rank].pid, signal.SIGUSR1)
+        time.sleep(5 if hanging else 0)
+        for rank in hanging:
+            ranks[rank].kill()
+            ranks[rank].join()
+        said = [file.read_text() for file in files]
+        if hanging:
+            where = "\n".join(
+                f"-- rank {rank}, exit code {codes[rank]}: {said[rank]}" for rank in range(world)
+            )
+            pytest.fail(f"ranks {hanging} of {world} were not done in {seconds} s\n{where}", pytrace=False)
+        return codes, said
 
     return run_script

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -120,10 +119,8 @@ def test_resumed_on_three_ranks_and_on_eight_again_it_is_the_same_run(run_ranks,
 
 def test_a_rank_that_fails_ends_all_of_them(run_ranks, tmp_path):
     """Rank 2 raises while the others wait for it in an all_reduce: in seconds, with its line and code 2."""
-    begin = time.monotonic()
     options = ["--iters", 3, "--stop", 3, "--out", tmp_path, "--fail", 2]
-    codes, said = run_ranks(4, "tests.test_eight_ranks", *options, seconds=120)
-    assert time.monotonic() - begin < 60, "until a time-out"
+    codes, said = run_ranks(4, "tests.test_eight_ranks", *options, seconds=60)  # not until a time-out
     assert codes == [2] * 4, said
     assert "the picture of this rank is broken" in said[2]
     others = [said[rank] for rank in (0, 1, 3)]

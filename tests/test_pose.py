@@ -290,7 +290,7 @@ def test_two_ranks_normalize_and_remember_as_one(tmp_path):
     torch.manual_seed(0)
     x, norm = torch.randn(4, 3, 2, 2) * 3 + 1, nn.BatchNorm2d(3)
     torch.save(x, tmp_path / "x.pt")
-    mp.start_processes(normalize_on_two, (str(tmp_path),), nprocs=2, start_method="fork")
+    mp.start_processes(normalize_on_two, (str(tmp_path),), nprocs=2, start_method="forkserver")
     y, parts = norm(x), [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     torch.testing.assert_close(torch.cat([part["y"] for part in parts]), y)
     for part in parts:

@@ -128,7 +128,7 @@ def two_ranks(rank: int, folder: str) -> None:
 
 
 def test_answers_and_means_of_two_ranks(tmp_path):
-    mp.start_processes(two_ranks, (str(tmp_path),), nprocs=2, start_method="fork")
+    mp.start_processes(two_ranks, (str(tmp_path),), nprocs=2, start_method="forkserver")
     alone = ranks.mean_over_ranks([2.0], torch.device("cpu"))  # no group: as in a test, or a notebook
     assert alone.tolist() == [2.0]
 

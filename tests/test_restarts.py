@@ -22,10 +22,6 @@ def launched(*command, **options) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, **options)
 
 
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def test_torchrun_with_two_processes_is_one_with_twice_the_batch(scenes, head, tmp_path, run):
     """To 1e-3 of the weights' norm: fp32 sums in another order, enlarged by Adam's tiny divisors."""
     options = stage2(scenes, tmp_path / "two", head, **{"save-every": 4})
@@ -49,10 +45,19 @@ def test_torchrun_with_two_processes_is_one_with_twice_the_batch(scenes, head, t
             assert images == pytest.approx(2, rel=0.05)  # both are rounded
 
 
+def killed_at_its_second_checkpoint() -> None:
+    save = training.Checkpoint.save
+
+    def once(self, step: int) -> None:
+        if step > 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(self, step)
+
+    training.Checkpoint.save = once
+
+
 @pytest.mark.parametrize("stage", ["stage1_heads", "stage2_lora"])
-def test_killed_and_resumed_is_bit_identical_to_uninterrupted(
-    scenes, head, tmp_path, run, run_ranks, monkeypatch, stage
-):
+def test_killed_and_resumed_is_bit_identical_to_uninterrupted(scenes, head, tmp_path, run, run_ranks, stage):
     """Killed at step 6 of 8, the last checkpoint at 3; resumed with other workers; with dropout."""
     options = stage1(scenes, "OUT", iters=8) if stage == "stage1_heads" else stage2(scenes, "OUT", head)
     options += ["--save-every", 3]
@@ -62,10 +67,8 @@ def test_killed_and_resumed_is_bit_identical_to_uninterrupted(
 
     code, *_ = run(stage, *at(tmp_path / "whole"))
     assert code == 0
-    save = training.Checkpoint.save
-    with monkeypatch.context() as patch:
-        patch.setattr(training.Checkpoint, "save", lambda self, step: die() if step > 3 else save(self, step))
-        codes, outs = run_ranks(1, stage, *at(tmp_path / "parts"), "--workers", 1)
+    options_of_parts = [*at(tmp_path / "parts"), "--workers", 1]
+    codes, outs = run_ranks(1, stage, *options_of_parts, prepare=killed_at_its_second_checkpoint)
     assert codes == [-signal.SIGKILL], outs
     assert torch.load(tmp_path / "parts" / "last.pt")["step"] == 3
     code, *_ = run(stage, *at(tmp_path / "parts"), "--resume", "--workers", 2)

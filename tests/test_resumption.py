@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 import feature_cache
@@ -182,14 +183,15 @@ def test_a_large_file_is_hashed_once(tmp_path, monkeypatch):
     assert files.sha256(path) != first
 
 
-def test_masks_are_gathered_on_the_first_rank_alone(scenes, head, tmp_path, run_ranks, monkeypatch):
-    """Half a GB for each of eight ranks, at COCO's size."""
-    import ranks
+def telling_what_is_gathered() -> None:
+    gather = dist.gather_object
+    dist.all_gather_object = lambda *_: pytest.fail("to every rank")
+    dist.gather_object = lambda *given: print("to the first") or gather(*given)
 
-    gather = ranks.dist.gather_object
-    monkeypatch.setattr(ranks.dist, "all_gather_object", lambda *_: pytest.fail("to every rank"))
-    monkeypatch.setattr(ranks.dist, "gather_object", lambda *given: print("to the first") or gather(*given))
+
+def test_masks_are_gathered_on_the_first_rank_alone(scenes, head, tmp_path, run_ranks):
+    """Half a GB for each of eight ranks, at COCO's size."""
     options = [*MINI, "--task", "detection", "--head", head, "--coco", scenes, "--image-scale", 0.2]
-    codes, said = run_ranks(2, "eval_heads", *options, "--out", tmp_path)
+    codes, said = run_ranks(2, "eval_heads", *options, "--out", tmp_path, prepare=telling_what_is_gathered)
     assert codes == [0, 0] and all("to the first" in text for text in said), said
     assert json.loads((tmp_path / "result.json").read_text())["rows"][0]["n"] == 4

@@ -646,22 +646,25 @@ def test_one_image_goes_through_m_once_for_all_its_questions(tmp_path, run, blip
     assert code == 0 and sum(seen) == 5  # of 15 questions
 
 
-def test_killed_and_resumed_is_uninterrupted(tmp_path, run, run_ranks, model, monkeypatch):
-    """SIGKILL after some answers: the resumed run does not ask again, and ends with the same files."""
-    options = [*write_set(tmp_path / "set"), *model]
-    code, *_ = run("eval_vqa", *options, "--out", tmp_path / "whole")
-    assert code == 0
-    out = tmp_path / "cut"
-    path, add = out / "answers_0.jsonl", Answers.add
+def killed_after_some_answers() -> None:
+    add = Answers.add
 
     def killed(self, items, answers):
         add(self, items, answers)
         if len(self.of_item) > 6:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Answers, "add", killed)
-        codes, outs = run_ranks(1, "eval_vqa", *options, "--out", out)
+    Answers.add = killed
+
+
+def test_killed_and_resumed_is_uninterrupted(tmp_path, run, run_ranks, model):
+    """SIGKILL after some answers: the resumed run does not ask again, and ends with the same files."""
+    options = [*write_set(tmp_path / "set"), *model]
+    code, *_ = run("eval_vqa", *options, "--out", tmp_path / "whole")
+    assert code == 0
+    out = tmp_path / "cut"
+    path = out / "answers_0.jsonl"
+    codes, outs = run_ranks(1, "eval_vqa", *options, "--out", out, prepare=killed_after_some_answers)
     assert codes == [-signal.SIGKILL], outs
     kept = path.read_text()
     assert kept.count('"item"') == 12  # of 15: the questions of 2 + 2 of 5 images
