@@ -28,8 +28,8 @@ import files
 from backbone import add_backbone_options, check_backbone_options, open_backbone
 from ranks import launch, start
 
-# Of the probe; not in the paper. The learning rate that is best on a tenth of the training part is taken
-LRS, BATCH, WEIGHT_DECAY = [1e-4, 3e-4, 1e-3, 3e-3], 256, 1e-4
+# Of the probe; not in the paper. Of the rates, the one with the least loss on a tenth of the training part
+LRS, BATCH, WEIGHT_DECAY = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2], 256, 1e-4
 
 
 def main() -> None:
@@ -151,13 +151,16 @@ class Probe(nn.Module):
 
 
 def probe(f: np.ndarray, labels: np.ndarray, classes: int, args, device) -> tuple[nn.Module, float]:
-    """T_o on all of f, with the learning rate that is best on a tenth held out at first, and that rate."""
+    """T_o on all of f, with the learning rate that is best on a tenth held out at first, and that rate.
+
+    Best by its loss: how many of a few hundred pictures are right is too noisy to tell two rates apart.
+    """
     f, labels = (torch.from_numpy(np.array(a)).to(device) for a in (f, labels))
     order = torch.from_numpy(np.random.default_rng(args.seed).permutation(len(f))).to(device)
     held, rest = order.tensor_split([max(1, len(f) // 10)])
     tried = fit(f[rest], labels[rest], classes, LRS, args.epochs, args.seed)
-    right = [(T_o(f[held]).argmax(1) == labels[held]).float().mean().item() for T_o in tried]
-    lr = LRS[int(np.argmax(right))]
+    losses = [F.cross_entropy(T_o(f[held]), labels[held]).item() for T_o in tried]
+    lr = LRS[int(np.argmin(losses))]
     return fit(f, labels, classes, [lr], args.epochs, args.seed)[0], lr
 
 

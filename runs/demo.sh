@@ -73,8 +73,8 @@ SIZE=(--size 112) # as M and the heads were trained
 RESUME=(--resume --save-every 50)
 TRAIN=("${M[@]}" --coco "$WORLD/coco" "${SIZE[@]}" --log-every 10 --workers 0 "${RESUME[@]}")
 # What stage 2 needs: of what runs/miniature.sh tried on another world, the best by the rule in demo/README.md
-ITERS=150 ALPHA=8
-STAGE2=("${TRAIN[@]}" --warmup 20 --iters "$ITERS" --batch detection=8 segmentation=4 captioning=16 --lr 3e-3)
+ITERS=150 ALPHA=32
+STAGE2=("${TRAIN[@]}" --warmup 20 --iters "$ITERS" --batch detection=8 segmentation=4 captioning=16 --lr 1e-3)
 LORA=(--rank 8 --lora-alpha "$ALPHA")
 READER=(--train "$WORLD/words/train" --test "$WORLD/words/test" --size 56 112 --charset 36 --width 128 --workers 0
     --iters 500 --batch 32 --lr 1e-3 --warmup 100 "${RESUME[@]}")

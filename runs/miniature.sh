@@ -143,7 +143,7 @@ if part choose; then
     choose() { # choose NAME OPTIONS...: from the first guess, whose rate is 1e-3
         local run=$OUT/choose/$1
         once "$run/visft/lora.safetensors" python stage2_lora.py --tasks "${TASKS[@]}" --heads "$HEADS" "${STAGE2[@]}" \
-            "${LORA[@]}" --head-words --lr 1e-3 "${@:2}" --out "$run/visft"
+            --rank 8 --lora-alpha 8 --head-words --lr 1e-3 "${@:2}" --out "$run/visft"
         once "$run/losses/result.json" python demo/losses.py "$HEADS" "$OUT/validation/coco" \
             "$run/visft/lora.safetensors" --scenes 300 --out "$run/losses"
         score "$run" 0 "$OUT/validation" "$run/visft/lora.safetensors"
@@ -194,7 +194,7 @@ if part rows; then
     both once "$OUT/shuffled/annotations/captions_train2017.json" python demo/miniature.py shuffle "$WORLD/coco" \
         "$OUT/shuffled"
     all_done
-    scaled() { echo --rank "$1" --lora-alpha "$1"; } # the same scale, 1
+    scaled() { echo --rank "$1" --lora-alpha $(($1 * ALPHA / 8)); } # the same scale
     rows heads0.1 --head-lr-ratio 0.1 # Table 11
     rows heads1 --head-lr-ratio 1
     rows random_heads --heads "$OUT/random" # controls
@@ -217,12 +217,7 @@ if part rows; then
     rows with_pose --tasks "${TASKS[@]}" pose
     rows panoptic --tasks detection panoptic captioning --batch detection=8 panoptic=4 captioning=16
     rows alpha2 --lora-alpha 2 # curves
-    rows alpha32 --lora-alpha 32
-    all_done
-    for ((seed = 0; seed < ROW_SEEDS; seed++)); do
-        ! wanted fault32 || both fault "$OUT/rows/fault32/seed$seed" "$seed" \
-            "$OUT/rows/alpha32/seed$seed/visft/lora.safetensors"
-    done
+    rows alpha8 --lora-alpha 8
     ended rows
 fi
 

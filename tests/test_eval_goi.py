@@ -89,6 +89,24 @@ def test_probe_takes_the_rate_that_is_best_on_the_held_out_part(monkeypatch):
     assert lr == 1e-2
 
 
+def test_a_rate_is_best_by_its_loss_not_by_how_many_are_right(monkeypatch):
+    """One hardly right on all, loss log(1 + e^-0.1); the other sure of three in four, hardly wrong on one."""
+    f = np.arange(200, dtype=np.float32)[:, None]
+
+    def hardly(f):
+        return torch.cat([torch.full_like(f, 0.1), torch.zeros_like(f)], 1)
+
+    def sure(f):
+        return torch.cat([torch.where(f % 4 == 0, -0.01, 10.0), torch.zeros_like(f)], 1)
+
+    answers = {1e-3: hardly, 1e-2: sure}
+    monkeypatch.setattr(eval_goi, "LRS", list(answers))
+    monkeypatch.setattr(eval_goi, "fit", lambda f, labels, classes, lrs, *rest: [answers[lr] for lr in lrs])
+    args = type("Args", (), dict(seed=0, epochs=1))
+    T_o, lr = eval_goi.probe(f, np.zeros(200, np.int64), 2, args, torch.device("cpu"))
+    assert T_o is sure and lr == 1e-2
+
+
 def test_ranked_classes_by_hand():
     probe = eval_goi.Probe(torch.zeros(7), torch.ones(7), 7)
     with torch.no_grad():

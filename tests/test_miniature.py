@@ -97,8 +97,7 @@ def test_the_page_is_filled_and_filled_again(tmp_path):
     for name, gains in (
         ("rank4", [1.0, 1.5, 2.0]),
         ("alpha2", [0.0, 0.1, 0.2]),
-        ("alpha32", [5.0, 5.0, 5.0]),
-        ("fault32", [1.0, 2.0, 3.0]),
+        ("alpha8", [5.0, 5.0, 5.0]),
     ):
         results(out / "rows" / name, gains, compared=False)
     results(out / "steps" / "50", [0.5, 0.5, 0.7], compared=False)
@@ -125,7 +124,7 @@ def test_the_page_is_filled_and_filled_again(tmp_path):
         "Not run yet: rank16, rank64, data25,",
         "- rank4: GOI top-1 -1.5 ± 1.2; zero-shot top-1 -1.5 ± 1.2; the same, shifted -1.5 ± 1.2; "
         "image to text R@5 -1.5 ± 1.2; text to image R@5 -1.5 ± 1.2",
-        "- fault32, against alpha32: GOI top-1 -3.0 ± 2.5;",
+        "- alpha8: no difference that its seeds can tell",
     ):
         assert line in text
     assert (
