@@ -1,6 +1,7 @@
 """The miniature's tables: differences and intervals by hand, what its runs need, the page it fills."""
 
 import collections
+import importlib
 import json
 import os
 import subprocess
@@ -16,10 +17,12 @@ from safetensors.torch import load_file
 from scipy import stats
 
 import backbone as vit
+import evaluation
 import files
 import lora
 import stage2_lora
 import tasks
+import training
 from data.stream import collate
 from demo import losses, miniature, probe, world
 from tests.test_demo import STUB
@@ -330,7 +333,8 @@ def test_the_probe_of_words_is_of_m_with_and_without_dw(tmp_path, monkeypatch):
 def test_the_runs_are_all_made_once_and_a_failure_stops_them(tmp_path, monkeypatch):
     """Two seeds of the main effect, one of the rows; which commands are called, after a failure and again.
 
-    What stage 2 is given, it takes: each of its commands gets as far as looking for the heads.
+    What scripts are given, they know: each command of stage 2 gets as far as looking for the heads, those of
+    the others to where files are looked for.
     """
     (tmp_path / "bin").mkdir()
     first, rest = STUB.split("case $1", 1)
@@ -367,6 +371,15 @@ def test_the_runs_are_all_made_once_and_a_failure_stops_them(tmp_path, monkeypat
         with pytest.raises(FileNotFoundError, match="no head"):
             stage2_lora.main()
     assert find.call_count == len(trained)
+    parsed = Mock(side_effect=FileNotFoundError("all options are known"))
+    monkeypatch.setattr(evaluation, "check_options", parsed)
+    monkeypatch.setattr(training, "check_options", parsed)
+    others = [line for line in made if line.startswith(("eval_", "stage1_"))]
+    for line in others:
+        monkeypatch.setattr(sys, "argv", line.split())
+        with pytest.raises(FileNotFoundError, match="are known"):
+            importlib.import_module(line.partition(".py")[0]).main()
+    assert parsed.call_count == len(others) > 100
     assert "--coco OUT/shuffled" in str(made) and "--heads OUT/random" in str(made)
     done, again = calls()
     assert done.returncode == 0
