@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${1:-out/heads}
 shift || true
-[ $# -gt 0 ] || set -- captioning detection segmentation # and, when named, panoptic and pose
+[ $# -gt 0 ] || set -- captioning detection segmentation pose # and, when named, panoptic
 WORLD=$OUT/world
 M=(--model eva_mini.px112 --weights demo/eva_mini_clip.safetensors --coco "$WORLD/coco" --size 112)
 TRAIN=(--batch 16 --lr 4e-4 --warmup 200 --workers 0 --cache "$OUT/features" --save-every 500 --resume)
@@ -16,7 +16,7 @@ declare -A OPTIONS=(
     [captioning]="--iters 3500 --lr 2e-3 --warmup 100"
     [detection]="--iters 10500 --queries 20 --layers 3 3 --dropout 0"
     [segmentation]="--iters 4000 --queries 20 --layers 2 3 --points 512 --data-fraction 0.5"
-    [panoptic]="--iters 3000 --queries 20 --layers 2 3 --points 512 --data-fraction 0.33"
+    [panoptic]="--iters 2000 --queries 20 --layers 2 3 --points 512 --data-fraction 0.33"
     [pose]="--iters 3000 --lr 1e-3 --data-fraction 0.5"
 )
 [ -e "$WORLD" ] || python demo/world.py "$WORLD" --train 24000 --words 64

@@ -15,10 +15,12 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from pycocotools.cocoeval import Params
 from torchvision.ops import box_iou
 
 import backbone as vit
 import tasks
+from data.pose import person_crop
 from data.stream import collate
 from data.validation import prepare
 from demo import pretrain, report, world
@@ -30,6 +32,7 @@ RIGHT = dict(plain=192, sketch=101, rotated=116, noisy=89)
 READ = 5
 CAPTIONS = 42  # of 60 that name nothing that is not there
 THINGS = {"detection": (152, 206), "segmentation": (132, 206)}  # found in these scenes, of how many
+PERSONS = (20, 34)  # found in these, of how many
 FOUND = {"image to text": [72, 89, 93], "text to image": [223, 361, 415]}  # at 1, 5 and 10
 
 
@@ -156,6 +159,26 @@ def test_its_heads_find_what_is_there(task):
                 overlap = (masks & mask).sum((1, 2)) / (masks | mask).sum((1, 2))
             found += bool((overlap >= 0.5).any())
     assert (found, sum(len(scene.things) for scene in scenes)) == THINGS[task]
+
+
+@torch.no_grad()
+def test_its_head_finds_joints():
+    """To the person: how many of 60 scenes have an OKS of a half or more, by COCO's formula."""
+    backbone = vit.load("eva_mini.px112", str(WEIGHTS))
+    head = tasks.load_head(ROOT / "demo" / "heads" / "pose.safetensors", backbone.dim)
+    deviation, found, persons = 2 * Params("keypoints").kpt_oks_sigmas, 0, 0
+    for image_id in range(60):
+        scene = world.scene(np.random.default_rng((2, image_id)), 112)
+        image = torch.from_numpy(np.array(reopened(scene.image))).permute(2, 0, 1)
+        for person in (a for a in world.annotate(scene) if a.get("num_keypoints")):
+            crop = person_crop(image, person["bbox"], 14, square=112)
+            x, valid, y = collate([(crop[0], {"image_id": image_id, **crop[1]})], 14, backbone.mean, backbone.std)
+            at = head.predict(backbone(x, valid), y)[0]["keypoints"][:, :2].numpy()
+            points = np.array(person["keypoints"]).reshape(-1, 3)
+            d2 = np.square(at - points[:, :2]).sum(1)
+            oks = np.exp(-d2 / (2 * person["area"] * deviation**2))[points[:, 2] > 0].mean()
+            found, persons = found + (oks >= 0.5), persons + 1
+    assert (found, persons) == PERSONS
 
 
 def test_alt_text_names_a_part_and_no_positions():
