@@ -171,8 +171,9 @@ def test_its_head_finds_joints():
         scene = world.scene(np.random.default_rng((2, image_id)), 112)
         image = torch.from_numpy(np.array(reopened(scene.image))).permute(2, 0, 1)
         for person in (a for a in world.annotate(scene) if a.get("num_keypoints")):
-            crop = person_crop(image, person["bbox"], 14, square=112)
-            x, valid, y = collate([(crop[0], {"image_id": image_id, **crop[1]})], 14, backbone.mean, backbone.std)
+            crop, known = person_crop(image, person["bbox"], 14, square=112)
+            sample = crop, {"image_id": image_id, **known}
+            x, valid, y = collate([sample], 14, backbone.mean, backbone.std)
             at = head.predict(backbone(x, valid), y)[0]["keypoints"][:, :2].numpy()
             points = np.array(person["keypoints"]).reshape(-1, 3)
             d2 = np.square(at - points[:, :2]).sum(1)
