@@ -192,7 +192,8 @@ def interval(values: list[float]) -> tuple[float, float]:
 def told(values: list[float]) -> str:
     mean, half = interval(values)
     mark = "**" if abs(mean) > max(half, 0.05) else ""  # the interval leaves 0 out, and the mean is not 0.0
-    return f"{mark}{round(mean, 1) + 0.0:+.1f}{mark} ± {half:.1f}"  # no minus before a zero
+    around = f" ± {half:.1f}" if len(values) > 1 else ""
+    return f"{mark}{round(mean, 1) + 0.0:+.1f}{mark}{around}"  # no minus before a zero
 
 
 def table(columns: list[str], lines: list[list[str]]) -> list[str]:

@@ -61,6 +61,7 @@ def test_the_interval_is_students():
     assert miniature.told(values).startswith("**+1.8**")
     assert miniature.told([-0.01, 0.0, 0.0]) == miniature.told([0.01, 0.01, 0.01]) == "+0.0 ± 0.0"
     assert miniature.told([1.0, -1.0, 0.5]).startswith("+0.2 ±")  # the interval has 0 in it
+    assert miniature.told([0.5]) == "+0.5"  # one seed has none
 
 
 def test_a_row_is_compared_with_the_same_seeds_before(tmp_path):
