@@ -120,7 +120,7 @@ rows() { # rows NAME OPTIONS...: with every seed, if it is wanted
     for ((seed = 0; seed < ROW_SEEDS; seed++)); do both row "$1" "$seed" "${@:2}"; done
 }
 
-full() { # full SEED: all of M is tuned, at a tenth of LoRA's rate
+full() { # full SEED: all of M is tuned, at a rate of its own
     local run=$OUT/rows/full/seed$1
     once "$run/visft/M.safetensors" python stage2_lora.py --tasks "${TASKS[@]}" --heads "$HEADS" "${STAGE2[@]}" \
         --head-words --seed "$1" --full --lr 3e-4 --out "$run/visft"

@@ -92,10 +92,9 @@ def two_ranks(rank: int, world: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_two_ranks_are_one_process_of_twice_the_batch_and_resume_as_one(tmp_path, request):
+def test_two_ranks_are_one_process_of_twice_the_batch_and_resume_as_one(tmp_path, group):
     """Against plain AdamW to fp32 rounding, then: saved by two ranks, resumed by one with twice the batch."""
     mp.start_processes(two_ranks, (2, str(tmp_path)), nprocs=2, start_method="forkserver")
-    request.getfixturevalue("group")  # not before: the ranks would have it too
     expected = reference(12)
     for ours, theirs in zip(torch.load(tmp_path / "two.pt"), expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=1e-5)  # fp32 averages of halves
