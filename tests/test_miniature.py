@@ -256,7 +256,7 @@ def test_errors_are_one_line(tmp_path):
 
 MORE = r"""
 case "$1 $2" in
-    "demo/miniature.py twice" | "demo/miniature.py graft") touch "$4" ;;
+    "demo/miniature.py twice" | "demo/miniature.py graft" | "demo/miniature.py half") touch "$4" ;;
     "demo/miniature.py shuffle")
         mkdir -p "$4/annotations" && touch "$4"/annotations/captions_train2017.json ;;
     demo/world.py*) mkdir -p "$2/goi" && touch "$2/goi/val.jsonl" ;;
@@ -364,7 +364,12 @@ def test_the_runs_are_all_made_once_and_a_failure_stops_them(tmp_path, monkeypat
     assert len(trained) == 2 + 20 + 1 + 15  # seeds, rows, full, settings
     assert sum(trained.values()) <= len(trained) + 1  # the failure stopped what ran beside it
     assert counts["eval_ocr.py"] == 3 * 2 and counts["demo/pretrain.py"] == 1
-    assert counts["stage1_heads.py"] == 1 + 3  # the demo's, those that are not trained
+    assert counts["stage1_heads.py"] == 1 + 3 + 1  # the demo's, those that are not trained, panoptic
+    (through,) = [line for line in trained if "panoptic" in line]
+    heads = "detection captioning panoptic".split()
+    assert "--heads OUT/heads/half" in through and all(
+        (tmp_path / f"out/heads/half/{task}.safetensors").is_file() for task in heads
+    )
     find = Mock(side_effect=FileNotFoundError("no head"))
     monkeypatch.setattr(tasks, "find_head", find)
     for line in trained:
