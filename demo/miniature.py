@@ -64,7 +64,11 @@ ROWS = {  # title: rows of runs/miniature.sh; `default` are the runs of the main
     "LoRA's alpha: the scale of dW is alpha / 8": ["alpha2", "alpha8", "default"],
     "Controls": ["default", "random_heads", "shuffled_labels", "more_clip", "full"],
 }
-IN_DOMAIN = {"detection": "box AP50", "segmentation": "mask AP50", "captioning": "CIDEr"}
+IN_DOMAIN = {
+    "detection": ["box AP50", "box AP"],
+    "segmentation": ["mask AP50", "mask AP"],
+    "captioning": ["CIDEr"],
+}
 SHORT = [  # columns of these tables
     ("goi", "val", "top-1"),
     ("zeroshot", "plain", "acc1"),
@@ -211,7 +215,8 @@ def told_of(main: list[dict]) -> list[tuple[tuple, str]]:
     found = []
     for evaluation, metric, title in METRICS:
         for key in (k for k in main[0] if (k[0], k[2]) == (evaluation, metric) and k[1] != "shifted"):
-            found.append((key, title if evaluation in ("goi", "retrieval") else f"{title}, {key[1]}"))
+            name = key[1].removesuffix(" found")  # of all sets that were found
+            found.append((key, title if evaluation in ("goi", "retrieval") else f"{title}, {name}"))
     return found
 
 
@@ -234,7 +239,7 @@ def main_block(main: list[dict], side: list[dict] | None = None) -> list[str]:
         if side is not None:
             line.append(told(against(main, side, main, key)) if key in side[0] else "-")
         lines.append(line)
-    fault = [] if side is None else ["the fault, less without it"]
+    fault = [] if side is None else ["with 2 dW less with dW"]
     return table([*EFFECT, *fault], lines)
 
 
@@ -274,33 +279,38 @@ def claim(main: list[dict]) -> list[str]:
 def heads_block(demo: Path, main: list[dict]) -> list[str]:
     """What the heads can do, how much they lose on held-out scenes, and the gradient that they hand to M."""
     lines = []
-    for task, metric in IN_DOMAIN.items():
-        logs = [path.read_text().splitlines() for path in sorted(demo.glob("seed*/visft/log.jsonl"))]
+    logs = [path.read_text().splitlines() for path in sorted(demo.glob("seed*/visft/log.jsonl"))]
+    for task, metrics in IN_DOMAIN.items():
         norms = [json.loads(line).get(f"{task}/grad_norm") for log in logs for line in log]
-        cells = []
-        for key, form in (((task, "val2017", metric), ".1f"), (("losses", task, "loss"), ".3f")):
-            of_seeds = [s[key] for s in main if key in s]
-            cells += [format(statistics.mean(s[v] for s in of_seeds), form) for v in ("before", "after")]
-            mean, half = interval([s["after"] - s["before"] for s in of_seeds])
-            cells.append(f"{mean:+{form}} ± {half:{form}}")
         norm = statistics.median(n for n in norms if n is not None)
-        lines.append([f"{task}, {metric}", *cells, f"{norm:.2f}"])
-    difference = ["before", "after", "difference, 95%"]
-    columns = ["T_n on held-out scenes", *difference, "loss there, before", *difference[1:], "gradient of dW"]
-    return table(columns, lines)
+        rows = [((task, "val2017", metric), f"{task}, {metric}", ".1f", "") for metric in metrics]
+        for key, title, form, last in [
+            *rows,
+            (("losses", task, "loss"), f"{task}, loss", ".4f", f"{norm:.2f}"),
+        ]:
+            of_seeds = [s[key] for s in main if key in s]
+            cells = [format(statistics.mean(s[v] for s in of_seeds), form) for v in ("before", "after")]
+            mean, half = interval([s["after"] - s["before"] for s in of_seeds])
+            lines.append([title, *cells, f"{mean:+{form}} ± {half:{form}}", last])
+    return table(["T_n on held-out scenes", *EFFECT[1:4], "gradient of dW"], lines)
 
 
 def rows_block(out: Path, main: list[dict]) -> list[str]:
-    lines = []
-    for title, names in ROWS.items():
-        found = {name: main if name == "default" else seeds_of(out / "rows" / name) for name in names}
-        if sum(map(bool, found.values())) > 1:  # what the default is beside
-            lines.append([f"*{title}*"] + [""] * (1 + len(SHORT)))
-            for name in filter(found.get, found):
-                cells = [told(differences(main, found[name], key)) for key in SHORT]
-                lines.append([name.replace("_", " "), str(len(found[name])), *cells])
+    """What differs by one thing from the default, beside the default with as many of its seeds."""
     everything = dict.fromkeys(name for names in ROWS.values() for name in names if name != "default")
-    missing = [name.replace("_", " ") for name in everything if not seeds_of(out / "rows" / name)]
+    runs = {name: seeds_of(out / "rows" / name) for name in everything}
+    runs["default"] = main[: max(map(len, runs.values()))]
+
+    def line(title: str, seeds: list[dict]) -> list[str]:
+        return [title, str(len(seeds)), *(told(differences(main, seeds, key)) for key in SHORT)]
+
+    lines = [line("default, all seeds", main)]
+    for title, names in ROWS.items():
+        found = [name for name in names if runs[name]]
+        if len(found) > 1:  # what the default is beside
+            lines.append([f"*{title}*"] + [""] * (1 + len(SHORT)))
+            lines += [line(name.replace("_", " "), runs[name]) for name in found]
+    missing = [name.replace("_", " ") for name in everything if not runs[name]]
     left = [f"Not run yet: {', '.join(missing)}.", ""] if missing else []
     return table(["", "seeds", *HEADINGS], lines) + left
 
@@ -340,10 +350,11 @@ def verdict(main: list[dict]) -> list[str]:
     return [f"- Stage 2 {way}: {'; '.join(names) or 'nothing'}." for way, names in groups.items()] + [""]
 
 
-def tried(out: Path) -> dict[str, tuple[float, list[float], dict[str, float]]]:
+def tried(out: Path) -> dict[str, tuple[float, list[float], dict[str, tuple[float, float]]]]:
     """Settings of stage 2 on the validation world, seed 0: plain things named, CHOICE, lost losses.
 
-    The last is by how many percent each head's loss on held-out scenes falls; M alone has none.
+    The last is by how many percent each head's loss on held-out scenes falls, and half of its interval over
+    them; M alone has none.
     """
     found = {}
     for folder in sorted((out / "choose").glob("*/retrieval")):
@@ -352,7 +363,8 @@ def tried(out: Path) -> dict[str, tuple[float, list[float], dict[str, float]]]:
         plain, *values = (of[k]["after" if of[k]["before"] is None else "before"] for k in keys)
         for task in IN_DOMAIN:
             if loss := of.get(("losses", task, "loss")):
-                lost[task] = 100 * (1 - loss["after"] / loss["before"])
+                percent = 100 / loss["before"]
+                lost[task] = percent * (loss["before"] - loss["after"]), percent * loss["items"]
         found[folder.parent.name] = plain, values, lost
     return found
 
@@ -368,7 +380,7 @@ def choice_block(out: Path) -> list[str]:
     rows = []
     for name, (plain, values, lost) in settings.items():
         title = name.replace("_", " ") + " (chosen)" * (name == best)
-        losses = [f"{lost[task]:+.2f}" if task in lost else "-" for task in IN_DOMAIN]
+        losses = ["{:+.2f} ± {:.2f}".format(*lost[task]) if task in lost else "-" for task in IN_DOMAIN]
         rows.append([title, *(f"{v:.1f}" for v in (plain, *values, statistics.mean(values))), *losses])
     losses = [f"held-out loss of {task}, % lower" for task in IN_DOMAIN]
     return table(["", "plain", *CHOICE.values(), "mean, without plain", *losses], rows)
@@ -388,24 +400,24 @@ def times_block(path: Path) -> list[str]:
 
 
 def curves(out: Path, main: list[dict], path: Path) -> None:
-    """Gain against steps of stage 2 and against alpha, mean and interval over seeds."""
+    """Gain against steps of stage 2 and against alpha: over the seeds that all points have."""
     steps = {int(p.name): seeds_of(p) for p in (out / "steps").glob("[0-9]*")}
     settings = json.loads((out / "settings.json").read_text())
     steps[settings["iters"]] = main
     alphas = {int(p.name[5:]): seeds_of(p) for p in (out / "rows").glob("alpha*")}
     alphas[settings["alpha"]] = main
+    seeds = min(len(runs) for runs in [*steps.values(), *alphas.values()] if runs)
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
     for axis, points, label in zip(axes, (steps, alphas), ("steps of stage 2", "LoRA's alpha"), strict=True):
         at = sorted(x for x, runs in points.items() if runs)
-        for key, heading in zip(SHORT, HEADINGS, strict=True):
-            gains = [interval(differences(main, points[x], key)) for x in at]
-            axis.errorbar(
-                range(len(at)), *zip(*gains, strict=True), label=heading, capsize=2, marker="o", ms=3
-            )
+        for k, (key, heading) in enumerate(zip(SHORT, HEADINGS, strict=True)):
+            gains = [interval(differences(main, points[x][:seeds], key)) for x in at]
+            where = [x + 0.06 * (k - 2) for x in range(len(at))]  # side by side
+            axis.errorbar(where, *zip(*gains, strict=True), label=heading, capsize=2, marker="o", ms=3)
         axis.set_xticks(range(len(at)), map(str, at))
         axis.axhline(0, color="gray", lw=0.8)
         axis.set_xlabel(label if len(at) > 1 else f"{label}: others not run yet")
-    axes[0].set_ylabel("after - before, points")
+    axes[0].set_ylabel(f"after - before, points, {seeds} seeds")
     axes[1].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=90)
@@ -417,14 +429,15 @@ def dots(out: Path, path: Path) -> None:
     settings = tried(out)
     figure, axis = plt.subplots(figsize=(7, 4.5))
     for name, (_, values, lost) in settings.items():
-        x = statistics.mean(lost.values()) if lost else 0
+        x = statistics.mean(loss for loss, _ in lost.values()) if lost else 0
+        half = sum(half**2 for _, half in lost.values()) ** 0.5 / max(len(lost), 1)
         y = statistics.mean(values) - statistics.mean(settings["M_alone"][1])
-        axis.plot(x, y, "o", color="black", ms=4)
-        axis.annotate(f" {name.replace('_', ' ')}", (x, y), fontsize=7)
+        axis.errorbar(x, y, xerr=half, color="black", ecolor="silver", marker="o", ms=4)
+        axis.annotate(f" {name.replace('_', ' ')}", (x, y), fontsize=7, va="bottom")
     axis.margins(x=0.2)
     axis.axhline(0, color="gray", lw=0.8)
     axis.axvline(0, color="gray", lw=0.8)
-    axis.set_xlabel("in domain: losses of the heads on held-out scenes, their mean, % lower")
+    axis.set_xlabel("in domain: losses of the heads on held-out scenes, mean, % lower (95% over scenes)")
     axis.set_ylabel("out of domain: after - before, points")
     figure.tight_layout()
     figure.savefig(path, dpi=90)

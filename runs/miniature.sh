@@ -217,7 +217,7 @@ if part rows; then
     rows with_pose --tasks "${TASKS[@]}" pose
     rows alpha2 --lora-alpha 2 # curves
     rows alpha8 --lora-alpha 8
-    if wanted panoptic; then # its head is not in the repository: an hour
+    if wanted panoptic; then # its head is not in the repository: some 20 minutes
         both once "$OUT/heads/scores.md" bash runs/heads.sh "$OUT/heads" panoptic
         all_done
         cp "$HEADS"/{detection,captioning}.safetensors "$OUT/heads/half"

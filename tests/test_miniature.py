@@ -86,14 +86,14 @@ def test_seeds_that_are_not_complete_are_left_out(tmp_path):
 def test_the_page_is_filled_and_filled_again(tmp_path):
     out, page = tmp_path / "out", tmp_path / "demo" / "README.md"
     results(out / "demo", [2.0, 3.0, 4.0])
-    for task, metric in miniature.IN_DOMAIN.items():
+    for task, metrics in miniature.IN_DOMAIN.items():
         log = [json.dumps({f"{task}/loss": loss, f"{task}/grad_norm": 0.25}) for loss in (9, 8, 7, 3, 2, 1)]
         for folder in (f"seed{k}/visft" for k in range(3)):
             (out / "demo" / folder).mkdir(parents=True, exist_ok=True)
             with open(out / "demo" / folder / "log.jsonl", "a") as file:
                 file.write("\n".join([*log, "{}", ""]))
         for k in range(3):
-            result(out / "demo" / f"seed{k}" / task, {("val2017", metric): (5.0, 7.0)})
+            result(out / "demo" / f"seed{k}" / task, {("val2017", m): (5.0, 7.0) for m in metrics})
     for k in range(3):
         rows = dict.fromkeys(((task, "loss") for task in miniature.IN_DOMAIN), (2.0, 1.9 - k / 100))
         result(out / "demo" / f"seed{k}" / "losses", rows)
@@ -121,9 +121,10 @@ def test_the_page_is_filled_and_filled_again(tmp_path):
     text = page.read_text()
     for line in (
         "| zero-shot, top-1, plain | 41.0 | 44.0 | **+3.0** ± 2.5 | ± 1.5 | **-12.0** ± 4.3 |",
-        "| lr 1e-3 (chosen) | 49.0 | 49.0 | 49.0 | 20.0 | 20.0 | 34.5 | +5.00 | +5.00 | +5.00 |",
+        "| lr 1e-3 (chosen) | 49.0 | 49.0 | 49.0 | 20.0 | 20.0 | 34.5 |" + 3 * " +5.00 ± 75.00 |",
         "| M alone | 50.0 | 50.0 | 50.0 | 20.0 | 20.0 | 35.0 | - | - | - |",
-        "| captioning, CIDEr | 5.0 | 7.0 | +2.0 ± 0.0 | 2.000 | 1.890 | -0.110 ± 0.025 | 0.25 |",
+        "| segmentation, mask AP | 5.0 | 7.0 | +2.0 ± 0.0 |  |",
+        "| captioning, loss | 2.0000 | 1.8900 | -0.1100 ± 0.0248 | 0.25 |",
         "| rows | 2.0 |",
         "Not run yet: rank16, rank64, data25,",
         "- rank4: GOI top-1 -1.5 ± 1.2; zero-shot top-1 -1.5 ± 1.2; the same, shifted -1.5 ± 1.2; "
@@ -132,7 +133,7 @@ def test_the_page_is_filled_and_filled_again(tmp_path):
     ):
         assert line in text
     assert (
-        "- Stage 2 raises: OCR, words right, all sets found; GOI, top-1; GOI, top-5; zero-shot, top-1, plain"
+        "- Stage 2 raises: OCR, words right, all sets; GOI, top-1; GOI, top-5; zero-shot, top-1, plain"
         in text
     )
     claim = text.partition("<!-- claim -->")[2].partition("<!-- end -->")[0]
@@ -146,6 +147,17 @@ def test_the_page_is_filled_and_filled_again(tmp_path):
     assert (page.with_name("main.png")).stat().st_size > 5000 < (page.with_name("curves.png")).stat().st_size
     miniature.report(out, page)
     assert page.read_text() == text
+
+
+def test_the_default_beside_rows_has_their_seeds(tmp_path):
+    results(tmp_path / "demo", [2.0, 3.0, 4.0, 2.0])
+    results(tmp_path / "rows" / "rank4", [1.0, 1.5, 2.0], compared=False)
+    _, _, first, title, rank4, default, *_ = miniature.rows_block(
+        tmp_path, miniature.seeds_of(tmp_path / "demo")
+    )
+    assert first.startswith("| default, all seeds | 4 | **+2.8** ± 1.5 |") and "Table 9" in title
+    assert rank4.startswith("| rank4 | 3 | **+1.5** ± 1.2 |")
+    assert default.startswith("| default | 3 | **+3.0** ± 2.5 |")
 
 
 def test_the_claim_is_two_rows_up_and_none_that_is_to_stay_down():
