@@ -239,7 +239,7 @@ def main_block(main: list[dict], side: list[dict] | None = None) -> list[str]:
         if side is not None:
             line.append(told(against(main, side, main, key)) if key in side[0] else "-")
         lines.append(line)
-    fault = [] if side is None else ["with 2 dW less with dW"]
+    fault = [] if side is None else ["fault: dW twice, less dW once"]
     return table([*EFFECT, *fault], lines)
 
 
@@ -296,16 +296,16 @@ def heads_block(demo: Path, main: list[dict]) -> list[str]:
 
 
 def rows_block(out: Path, main: list[dict]) -> list[str]:
-    """What differs by one thing from the default, beside the default with as many of its seeds."""
+    """What differs from the default by one choice, beside the default with as many of its seeds."""
     everything = dict.fromkeys(name for names in ROWS.values() for name in names if name != "default")
     runs = {name: seeds_of(out / "rows" / name) for name in everything}
-    runs["default"] = main[: max(map(len, runs.values()))]
 
     def line(title: str, seeds: list[dict]) -> list[str]:
         return [title, str(len(seeds)), *(told(differences(main, seeds, key)) for key in SHORT)]
 
     lines = [line("default, all seeds", main)]
     for title, names in ROWS.items():
+        runs["default"] = main[: max(len(runs[name]) for name in names if name != "default")]
         found = [name for name in names if runs[name]]
         if len(found) > 1:  # what the default is beside
             lines.append([f"*{title}*"] + [""] * (1 + len(SHORT)))
@@ -430,7 +430,7 @@ def dots(out: Path, path: Path) -> None:
     figure, axis = plt.subplots(figsize=(7, 4.5))
     for name, (_, values, lost) in settings.items():
         x = statistics.mean(loss for loss, _ in lost.values()) if lost else 0
-        half = sum(half**2 for _, half in lost.values()) ** 0.5 / max(len(lost), 1)
+        half = statistics.mean(half for _, half in lost.values()) if lost else 0  # the same scenes
         y = statistics.mean(values) - statistics.mean(settings["M_alone"][1])
         axis.errorbar(x, y, xerr=half, color="black", ecolor="silver", marker="o", ms=4)
         axis.annotate(f" {name.replace('_', ' ')}", (x, y), fontsize=7, va="bottom")

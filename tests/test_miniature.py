@@ -87,13 +87,14 @@ def test_the_page_is_filled_and_filled_again(tmp_path):
     out, page = tmp_path / "out", tmp_path / "demo" / "README.md"
     results(out / "demo", [2.0, 3.0, 4.0])
     for task, metrics in miniature.IN_DOMAIN.items():
-        log = [json.dumps({f"{task}/loss": loss, f"{task}/grad_norm": 0.25}) for loss in (9, 8, 7, 3, 2, 1)]
+        norm = 0.01 * len(task)
+        log = [json.dumps({f"{task}/loss": loss, f"{task}/grad_norm": norm}) for loss in (9, 8, 7, 3, 2, 1)]
         for folder in (f"seed{k}/visft" for k in range(3)):
             (out / "demo" / folder).mkdir(parents=True, exist_ok=True)
             with open(out / "demo" / folder / "log.jsonl", "a") as file:
                 file.write("\n".join([*log, "{}", ""]))
         for k in range(3):
-            result(out / "demo" / f"seed{k}" / task, {("val2017", m): (5.0, 7.0) for m in metrics})
+            result(out / "demo" / f"seed{k}" / task, {("val2017", m): (5.0, 5.0 + len(m)) for m in metrics})
     for k in range(3):
         rows = dict.fromkeys(((task, "loss") for task in miniature.IN_DOMAIN), (2.0, 1.9 - k / 100))
         result(out / "demo" / f"seed{k}" / "losses", rows)
@@ -123,8 +124,9 @@ def test_the_page_is_filled_and_filled_again(tmp_path):
         "| zero-shot, top-1, plain | 41.0 | 44.0 | **+3.0** ± 2.5 | ± 1.5 | **-12.0** ± 4.3 |",
         "| lr 1e-3 (chosen) | 49.0 | 49.0 | 49.0 | 20.0 | 20.0 | 34.5 |" + 3 * " +5.00 ± 75.00 |",
         "| M alone | 50.0 | 50.0 | 50.0 | 20.0 | 20.0 | 35.0 | - | - | - |",
-        "| segmentation, mask AP | 5.0 | 7.0 | +2.0 ± 0.0 |  |",
-        "| captioning, loss | 2.0000 | 1.8900 | -0.1100 ± 0.0248 | 0.25 |",
+        "| segmentation, mask AP50 | 5.0 | 14.0 | +9.0 ± 0.0 |  |",
+        "| segmentation, mask AP | 5.0 | 12.0 | +7.0 ± 0.0 |  |",
+        "| captioning, loss | 2.0000 | 1.8900 | -0.1100 ± 0.0248 | 0.10 |",
         "| rows | 2.0 |",
         "Not run yet: rank16, rank64, data25,",
         "- rank4: GOI top-1 -1.5 ± 1.2; zero-shot top-1 -1.5 ± 1.2; the same, shifted -1.5 ± 1.2; "
@@ -152,12 +154,27 @@ def test_the_page_is_filled_and_filled_again(tmp_path):
 def test_the_default_beside_rows_has_their_seeds(tmp_path):
     results(tmp_path / "demo", [2.0, 3.0, 4.0, 2.0])
     results(tmp_path / "rows" / "rank4", [1.0, 1.5, 2.0], compared=False)
-    _, _, first, title, rank4, default, *_ = miniature.rows_block(
+    results(tmp_path / "rows" / "data50", [1.0, 1.5], compared=False)
+    _, _, first, title, rank4, default, *rest = miniature.rows_block(
         tmp_path, miniature.seeds_of(tmp_path / "demo")
     )
     assert first.startswith("| default, all seeds | 4 | **+2.8** ± 1.5 |") and "Table 9" in title
     assert rank4.startswith("| rank4 | 3 | **+1.5** ± 1.2 |")
     assert default.startswith("| default | 3 | **+3.0** ± 2.5 |")
+    assert rest[1].startswith("| data50 | 2 |") and rest[2].startswith("| default | 2 | +2.5 ± 6.4 |")
+
+
+def test_the_points_of_a_curve_have_the_same_seeds(tmp_path, monkeypatch):
+    results(tmp_path / "demo", [2.0, 3.0, 4.0, 2.0])
+    results(tmp_path / "rows" / "alpha2", [1.0, 1.5, 2.0], compared=False)
+    results(tmp_path / "steps" / "50", [0.5, 0.5, 0.7, 9.0], compared=False)
+    (tmp_path / "settings.json").write_text(json.dumps({"iters": 150, "alpha": 8}))
+    monkeypatch.setattr(miniature.plt, "close", Mock())
+    miniature.curves(tmp_path, miniature.seeds_of(tmp_path / "demo"), tmp_path / "curves.png")
+    (figure,), _ = miniature.plt.close.call_args
+    drawn = [[line.lines[0].get_ydata() for line in axis.containers] for axis in figure.axes]
+    assert np.array(drawn) == pytest.approx(np.array([5 * [[17 / 30, 3.0]], 5 * [[1.5, 3.0]]]))
+    assert figure.axes[0].get_ylabel().endswith("3 seeds")
 
 
 def test_the_claim_is_two_rows_up_and_none_that_is_to_stay_down():
@@ -273,6 +290,9 @@ case "$1 $2" in
         mkdir -p "$4/annotations" && touch "$4"/annotations/captions_train2017.json ;;
     demo/world.py*) mkdir -p "$2/goi" && touch "$2/goi/val.jsonl" ;;
 esac
+if [[ $* =~ ^stage2.*--heads.*\ ([^ ]*)\ --tasks.*(panoptic) ]]; then
+    ls "${BASH_REMATCH[1]}/panoptic.safetensors" || exit 1 # trained before
+fi
 [[ -n $FAIL && $* == *$FAIL* ]] && { echo "out of luck"; exit 1; }
 """
 
@@ -355,14 +375,14 @@ def test_the_runs_are_all_made_once_and_a_failure_stops_them(tmp_path, monkeypat
     (tmp_path / "bin" / "python").write_text(stub)
     (tmp_path / "bin" / "python").chmod(0o755)
 
-    def calls(fail: str = "") -> tuple[subprocess.CompletedProcess, list[str]]:
+    def calls(fail: str = "", out: Path = tmp_path / "out", **more) -> tuple:
         log = tmp_path / "calls.txt"
         log.write_text("")
         seeds = dict(SEEDS="2", ROW_SEEDS="1", CALLS=str(log), STOP="0", FAIL=fail)
-        env = {**os.environ, **seeds, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
-        command = ["bash", "runs/miniature.sh", tmp_path / "out"]
+        env = {**os.environ, **seeds, **more, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+        command = ["bash", "runs/miniature.sh", out]
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
-        return done, log.read_text().replace(str(tmp_path / "out"), "OUT").splitlines()
+        return done, log.read_text().replace(str(out), "OUT").splitlines()
 
     failed, before = calls(fail="--rank 16")
     assert failed.returncode == 1 and "goes on from here" in failed.stderr
@@ -377,11 +397,6 @@ def test_the_runs_are_all_made_once_and_a_failure_stops_them(tmp_path, monkeypat
     assert sum(trained.values()) <= len(trained) + 1  # the failure stopped what ran beside it
     assert counts["eval_ocr.py"] == 3 * 2 and counts["demo/pretrain.py"] == 1
     assert counts["stage1_heads.py"] == 1 + 3 + 1  # the demo's, those that are not trained, panoptic
-    (through,) = [line for line in trained if "panoptic" in line]
-    heads = "detection captioning panoptic".split()
-    assert "--heads OUT/heads/half" in through and all(
-        (tmp_path / f"out/heads/half/{task}.safetensors").is_file() for task in heads
-    )
     find = Mock(side_effect=FileNotFoundError("no head"))
     monkeypatch.setattr(tasks, "find_head", find)
     for line in trained:
@@ -402,3 +417,17 @@ def test_the_runs_are_all_made_once_and_a_failure_stops_them(tmp_path, monkeypat
     done, again = calls()
     assert done.returncode == 0
     assert again == ["demo/report.py OUT/demo", "demo/miniature.py report OUT"]
+    own = dict(out=tmp_path / "own", HEADS="train", PARTS="rows", ROWS="with_pose panoptic")
+    failed, before = calls(fail="stage1_heads.py --task panoptic", **own)
+    assert failed.returncode == 1
+    assert "out of luck" in (tmp_path / "own/heads/scores/panoptic/log.txt").read_text()
+    done, after = calls(**own)
+    assert done.returncode == 0, done.stderr
+    heads = [line.split()[2] for line in after if line.startswith("stage1_heads.py")]
+    assert heads == ["panoptic"] and sum("--task pose" in line for line in before) == 2  # trained, scored
+    through = [line for line in after if line.startswith("stage2_lora.py")]
+    assert (
+        len(through)
+        == sum("--heads OUT/demo/heads/half OUT/heads/half --tasks" in line for line in through)
+        == 2
+    )
