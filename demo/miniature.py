@@ -276,22 +276,26 @@ def claim(main: list[dict]) -> list[str]:
     return [*table(EFFECT, lines), words, ""]
 
 
-def heads_block(demo: Path, main: list[dict]) -> list[str]:
+def gradient(folder: Path, task: str) -> str:
+    """The norm of a task's gradient of dW, before clipping: the median over what these seeds logged."""
+    logs = [path.read_text().splitlines() for path in folder.glob("seed*/visft/log.jsonl")]
+    norms = [json.loads(line).get(f"{task}/grad_norm") for log in logs for line in log]
+    return f"{statistics.median(n for n in norms if n is not None):.2g}"
+
+
+def heads_block(out: Path, main: list[dict]) -> list[str]:
     """What the heads can do, how much they lose on held-out scenes, and the gradient that they hand to M."""
     lines = []
-    logs = [path.read_text().splitlines() for path in sorted(demo.glob("seed*/visft/log.jsonl"))]
     for task, metrics in IN_DOMAIN.items():
-        norms = [json.loads(line).get(f"{task}/grad_norm") for log in logs for line in log]
-        norm = statistics.median(n for n in norms if n is not None)
         rows = [((task, "val2017", metric), f"{task}, {metric}", ".1f", "") for metric in metrics]
-        for key, title, form, last in [
-            *rows,
-            (("losses", task, "loss"), f"{task}, loss", ".4f", f"{norm:.2f}"),
-        ]:
+        rows.append((("losses", task, "loss"), f"{task}, loss", ".4f", gradient(out / "demo", task)))
+        for key, title, form, last in rows:
             of_seeds = [s[key] for s in main if key in s]
             cells = [format(statistics.mean(s[v] for s in of_seeds), form) for v in ("before", "after")]
             mean, half = interval([s["after"] - s["before"] for s in of_seeds])
             lines.append([title, *cells, f"{mean:+{form}} ± {half:{form}}", last])
+    if seeds_of(out / "rows" / "with_pose"):
+        lines.append(["pose (row `with pose`)", *3 * ["-"], gradient(out / "rows" / "with_pose", "pose")])
     return table(["T_n on held-out scenes", *EFFECT[1:4], "gradient of dW"], lines)
 
 
@@ -312,7 +316,13 @@ def rows_block(out: Path, main: list[dict]) -> list[str]:
             lines += [line(name.replace("_", " "), runs[name]) for name in found]
     missing = [name.replace("_", " ") for name in everything if not runs[name]]
     left = [f"Not run yet: {', '.join(missing)}.", ""] if missing else []
-    return table(["", "seeds", *HEADINGS], lines) + left
+    others = [runs[name] for name in everything if name not in ROWS["Controls"] and runs[name]]
+    cells = [cell for seeds in others for cell in line("", seeds)[2:]]
+    tested = (
+        f"Of the {len(cells)} cells of rows that are no controls {str(cells).count('**') // 2} are bold; "
+    )
+    tested += f"chance alone makes {len(cells) / 20:.1f} so."
+    return table(["", "seeds", *HEADINGS], lines) + [tested, "", *left]
 
 
 def against_default(out: Path, main: list[dict]) -> list[str]:
@@ -337,7 +347,12 @@ def against_default(out: Path, main: list[dict]) -> list[str]:
         "cannot": [n for n in controls if told_in[n] < 3],
     }
     power = "; ".join(f"{way}: {', '.join(names).replace('_', ' ')}" for way, names in ways.items() if names)
-    return [*lines, "", f"By the rule, from the default in three rows or more, of the controls {power}.", ""]
+    others = [count for name, count in told_in.items() if name not in controls]
+    counted = (
+        f"Of {len(SHORT) * len(others)} differences of rows that are no controls {sum(others)} can be told."
+    )
+    rule = f"By the rule, from the default in three rows or more, of the controls {power}."
+    return [*lines, "", counted, "", rule, ""]
 
 
 def verdict(main: list[dict]) -> list[str]:
@@ -477,7 +492,7 @@ def report(out: Path, readme: Path) -> None:
         "main": ["![main effect](main.png)", "", *main_block(main, fault or None)],
         "curves": ["![gain against steps and alpha](curves.png)", ""],
         "verdict": verdict(main),
-        "heads": heads_block(out / "demo", main),
+        "heads": heads_block(out, main),
         "rows": rows_block(out, main),
         "against": against_default(out, main),
         "settings": [f"`{json.loads((out / 'settings.json').read_text())['stage2']}`", ""],

@@ -103,8 +103,13 @@ def test_the_page_is_filled_and_filled_again(tmp_path):
         ("rank4", [1.0, 1.5, 2.0]),
         ("alpha2", [0.0, 0.1, 0.2]),
         ("alpha8", [5.0, 5.0, 5.0]),
+        ("with_pose", [0.0, 0.1, 0.2]),
     ):
         results(out / "rows" / name, gains, compared=False)
+    for k, norm in enumerate((0.0001, 0.0006, 0.2)):
+        (out / "rows" / "with_pose" / f"seed{k}" / "visft").mkdir()
+        log = out / "rows" / "with_pose" / f"seed{k}" / "visft" / "log.jsonl"
+        log.write_text(json.dumps({"pose/grad_norm": norm, "captioning/grad_norm": 9}) + "\n{}\n")
     results(out / "steps" / "50", [0.5, 0.5, 0.7], compared=False)
     for name, score in (("M_alone", 50.0), ("lr_1e-3", 49.0), ("lr_3e-3", 48.9)):
         run = out / "choose" / name
@@ -126,8 +131,11 @@ def test_the_page_is_filled_and_filled_again(tmp_path):
         "| M alone | 50.0 | 50.0 | 50.0 | 20.0 | 20.0 | 35.0 | - | - | - |",
         "| segmentation, mask AP50 | 5.0 | 14.0 | +9.0 ± 0.0 |  |",
         "| segmentation, mask AP | 5.0 | 12.0 | +7.0 ± 0.0 |  |",
-        "| captioning, loss | 2.0000 | 1.8900 | -0.1100 ± 0.0248 | 0.10 |",
+        "| captioning, loss | 2.0000 | 1.8900 | -0.1100 ± 0.0248 | 0.1 |",
         "| rows | 2.0 |",
+        "Of the 20 cells of rows that are no controls 10 are bold; chance alone makes 1.0 so.",
+        "Of 20 differences of rows that are no controls 15 can be told.",
+        "| pose (row `with pose`) | - | - | - | 0.0006 |",
         "Not run yet: rank16, rank64, data25,",
         "- rank4: GOI top-1 -1.5 ± 1.2; zero-shot top-1 -1.5 ± 1.2; the same, shifted -1.5 ± 1.2; "
         "image to text R@5 -1.5 ± 1.2; text to image R@5 -1.5 ± 1.2",
@@ -155,6 +163,7 @@ def test_the_default_beside_rows_has_their_seeds(tmp_path):
     results(tmp_path / "demo", [2.0, 3.0, 4.0, 2.0])
     results(tmp_path / "rows" / "rank4", [1.0, 1.5, 2.0], compared=False)
     results(tmp_path / "rows" / "data50", [1.0, 1.5], compared=False)
+    results(tmp_path / "rows" / "full", [9.0, 9.1], compared=False)
     _, _, first, title, rank4, default, *rest = miniature.rows_block(
         tmp_path, miniature.seeds_of(tmp_path / "demo")
     )
@@ -162,6 +171,7 @@ def test_the_default_beside_rows_has_their_seeds(tmp_path):
     assert rank4.startswith("| rank4 | 3 | **+1.5** ± 1.2 |")
     assert default.startswith("| default | 3 | **+3.0** ± 2.5 |")
     assert rest[1].startswith("| data50 | 2 |") and rest[2].startswith("| default | 2 | +2.5 ± 6.4 |")
+    assert "Of the 10 cells of rows that are no controls 5 are bold; chance alone makes 0.5 so." in rest
 
 
 def test_the_points_of_a_curve_have_the_same_seeds(tmp_path, monkeypatch):
@@ -425,9 +435,5 @@ def test_the_runs_are_all_made_once_and_a_failure_stops_them(tmp_path, monkeypat
     assert done.returncode == 0, done.stderr
     heads = [line.split()[2] for line in after if line.startswith("stage1_heads.py")]
     assert heads == ["panoptic"] and sum("--task pose" in line for line in before) == 2  # trained, scored
-    through = [line for line in after if line.startswith("stage2_lora.py")]
-    assert (
-        len(through)
-        == sum("--heads OUT/demo/heads/half OUT/heads/half --tasks" in line for line in through)
-        == 2
-    )
+    through = [line.partition("--heads OUT/demo/heads/half OUT/heads/half ")[2] for line in after]
+    assert [line.split()[:2] for line in through if line] == 2 * [["--tasks", "detection"]]
